@@ -1,0 +1,249 @@
+"""What an ARINAR model is made of: one frozen dataclass, JSON both ways, and the named presets.
+
+Plain Python: both the PyTorch side and the torch-free runtime read it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+OUTER_KINDS = ("masked", "causal")
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Shape of a KL autoencoder (the latent-diffusion family's layout and key names).
+
+    The published KL-16 is the default: stride 16, 16 latent channels, 66,456,019 parameters.
+    """
+
+    embed_dim: int = 16
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    # Levels (0 = full resolution) that carry attention. The published encoder has it at the lowest
+    # resolution only, the published decoder nowhere outside its middle block.
+    encoder_attention_levels: tuple[int, ...] = (4,)
+    decoder_attention_levels: tuple[int, ...] = ()
+    in_channels: int = 3
+    out_channels: int = 3
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("channel_multipliers", "encoder_attention_levels", "decoder_attention_levels"):
+            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        for multiplier in self.channel_multipliers:
+            if self.channels * multiplier % self.norm_groups:
+                raise ValueError(
+                    f"VAE channels {self.channels} x multiplier {multiplier} is not divisible by "
+                    f"norm_groups {self.norm_groups}"
+                )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position, along one side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VaeConfig:
+        return cls(**_known(cls, data, "VAE config"))
+
+
+@dataclass(frozen=True)
+class ArinarConfig:
+    """Everything that decides an ARINAR model's weights' shapes and its arithmetic.
+
+    Defaults are ARINAR-B as published (arXiv 2503.02883): 212,949,516 parameters.
+
+    Fields that leave no trace in the weights' shapes, and so must be stored beside them:
+    ``encoder_heads``, ``decoder_heads``, ``inner_heads``, ``latent_scale``, ``latent_shift``, ``order``.
+    """
+
+    outer: str = "masked"
+    img_size: int = 256
+    vae_stride: int = 16
+    patch_size: int = 1
+    vae_embed_dim: int = 16
+    num_classes: int = 1000
+    buffer_size: int = 64
+
+    # Outer transformer. `causal` models have a single stack: the decoder fields; encoder_depth is 0.
+    encoder_width: int = 768
+    encoder_depth: int = 14
+    encoder_heads: int = 12
+    decoder_width: int = 768
+    decoder_depth: int = 14
+    decoder_heads: int = 12
+    mlp_ratio: float = 4.0
+
+    # Inner autoregressive model over the features of one token.
+    inner_width: int = 768
+    inner_depth: int = 1
+    inner_heads: int = 16
+    inner_mlp_ratio: float = 4.0
+    num_gaussians: int = 4
+
+    norm_eps: float = 1e-6
+    # `causal` only: the generation order as grid positions; () means raster order.
+    order: tuple[int, ...] = ()
+    # The model works on (VAE latent - latent_shift) * latent_scale; a scalar, or one value per channel.
+    latent_scale: float | tuple[float, ...] = 0.2325
+    latent_shift: float | tuple[float, ...] = 0.0
+    # What `generate` uses when the caller does not say; carried into the bundle.
+    default_num_iter: int = 64
+    default_guidance_scale: float = 4.5
+    class_names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", tuple(int(v) for v in self.order))
+        object.__setattr__(self, "class_names", tuple(str(v) for v in self.class_names))
+        for name in ("latent_scale", "latent_shift"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                value = tuple(float(v) for v in value)
+                if len(value) != self.vae_embed_dim:
+                    raise ValueError(
+                        f"{name} has {len(value)} values; expected one number or {self.vae_embed_dim} "
+                        f"(one per latent channel)"
+                    )
+                object.__setattr__(self, name, value)
+        if self.outer not in OUTER_KINDS:
+            raise ValueError(f"outer is {self.outer!r}; choose one of {', '.join(OUTER_KINDS)}")
+        if self.img_size % (self.vae_stride * self.patch_size):
+            raise ValueError(
+                f"img_size {self.img_size} is not a multiple of vae_stride x patch_size "
+                f"({self.vae_stride} x {self.patch_size})"
+            )
+        for room in ("encoder", "decoder", "inner"):
+            width, heads = getattr(self, f"{room}_width"), getattr(self, f"{room}_heads")
+            if width % heads:
+                raise ValueError(f"{room}_width {width} is not divisible by {room}_heads {heads}")
+        if self.outer == "causal":
+            if self.encoder_depth:
+                raise ValueError(f"a causal model has one stack: encoder_depth is {self.encoder_depth}, expected 0")
+            if self.buffer_size < 1:
+                raise ValueError(f"buffer_size is {self.buffer_size}; a causal model needs at least 1 prefix position")
+        if self.order:
+            if self.outer != "causal":
+                raise ValueError("order is a causal model's; a masked model draws a new order for every image")
+            check_order(self.order, self.seq_len)
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of the image."""
+        return self.img_size // (self.vae_stride * self.patch_size)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per image, L."""
+        return self.grid_size**2
+
+    @property
+    def token_dim(self) -> int:
+        """Features per token, D."""
+        return self.vae_embed_dim * self.patch_size**2
+
+    @property
+    def z_width(self) -> int:
+        """Width of the outer model's condition vector z, C."""
+        return self.decoder_width
+
+    @property
+    def inner_head_dim(self) -> int:
+        return self.inner_width // self.inner_heads
+
+    @property
+    def inner_attention_scale(self) -> float:
+        """Softmax scale of the inner attention, 0.25 / sqrt(head_dim) as in the published code."""
+        return float(0.25 / self.inner_head_dim**0.5)
+
+    @property
+    def generation_order(self) -> tuple[int, ...]:
+        """A causal model's order of grid positions (raster unless configured)."""
+        return self.order or tuple(range(self.seq_len))
+
+    @property
+    def max_num_iter(self) -> int:
+        """Largest sensible number of outer steps: one token a step."""
+        return self.seq_len
+
+    def replace(self, **changes: Any) -> ArinarConfig:
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ArinarConfig:
+        return cls(**_known(cls, data, "model config"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ArinarConfig:
+        return cls.from_dict(json.loads(text))
+
+
+def check_order(order: tuple[int, ...], seq_len: int) -> None:
+    """Raise ValueError unless ``order`` is a permutation of 0..seq_len-1."""
+    if len(order) != seq_len:
+        raise ValueError(f"order has {len(order)} positions; expected {seq_len}, one per token")
+    if sorted(order) != list(range(seq_len)):
+        raise ValueError(f"order is not a permutation of 0..{seq_len - 1}: every position must occur exactly once")
+
+
+def _known(cls: type, data: dict[str, Any], what: str) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)}
+    unknown = sorted(set(data) - names)
+    if unknown:
+        raise ValueError(f"{what} has unknown entries {', '.join(unknown)}; it was written by a newer version?")
+    return dict(data)
+
+
+def _published(width: int, depth: int, heads: int, **changes: Any) -> ArinarConfig:
+    return ArinarConfig(
+        encoder_width=width, encoder_depth=depth, encoder_heads=heads,
+        decoder_width=width, decoder_depth=depth, decoder_heads=heads, **changes,
+    )  # fmt: skip
+
+
+_DIGITS_NAMES = tuple(str(digit) for digit in range(10))
+_DIGITS = ArinarConfig(
+    img_size=32, vae_stride=8, num_classes=10, buffer_size=4,
+    encoder_width=96, encoder_depth=3, encoder_heads=4,
+    decoder_width=96, decoder_depth=3, decoder_heads=4,
+    inner_width=64, inner_depth=1, inner_heads=4, default_num_iter=8, default_guidance_scale=2.0,
+    class_names=_DIGITS_NAMES,
+)  # fmt: skip
+
+#: Named configurations. `base`, `large`, `huge` have the sizes of the published code (its later version; the
+#: first version's large and huge are shallower: `large-v1`, `huge-v1`, and its `base-v1` has 4 inner heads).
+PRESETS: dict[str, ArinarConfig] = {
+    "base": _published(768, 14, 12),
+    "large": _published(1024, 18, 16, inner_width=1024),
+    "huge": _published(1280, 22, 16, inner_width=1024),
+    "base-v1": _published(768, 14, 12, inner_heads=4),
+    "large-v1": _published(1024, 16, 16, inner_heads=4),
+    "huge-v1": _published(1280, 20, 16, inner_heads=4),
+    # One stack of the same number of blocks as base's two.
+    "base-causal": ArinarConfig(outer="causal", encoder_depth=0, decoder_depth=28),
+    "digits": _DIGITS,
+    "digits-causal": _DIGITS.replace(outer="causal", encoder_depth=0, decoder_depth=6, default_num_iter=16),
+}
+
+#: Autoencoders that belong to the presets: `kl16` is the published one.
+VAE_PRESETS: dict[str, VaeConfig] = {
+    "kl16": VaeConfig(),
+    "digits": VaeConfig(
+        channels=8, channel_multipliers=(1, 2, 4, 8), num_res_blocks=1, encoder_attention_levels=(), norm_groups=4
+    ),
+}

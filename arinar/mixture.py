@@ -1,0 +1,1 @@
+from arinar.export.mixture import MixtureSample, PlainMixtureSample, draw_mixture

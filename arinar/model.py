@@ -1,0 +1,153 @@
+"""ARINAR: the outer and the inner model together, and the training loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ArinarConfig
+from .inner import InnerAR, Mixture, log_density
+from .outer import CausalOuter, MaskedOuter
+
+# MAR's training masks: the masked share is drawn from a normal of mean 1 and this std, truncated to [0.7, 1].
+MASK_RATIO_STD = 0.25
+MASK_RATIO_MIN = 0.7
+
+
+class Arinar(nn.Module):
+    """An ARINAR model; ``Arinar(config)`` gives the kind that ``config.outer`` names.
+
+    State-dict names and shapes are those of the published code for ``masked`` models.
+
+    Parameters
+    ----------
+    config : ArinarConfig
+    dropout : probability for the outer blocks while training; no effect in ``eval()``.
+    """
+
+    config: ArinarConfig
+    arhead: InnerAR
+    fake_latent: nn.Parameter
+
+    def __new__(cls, config: ArinarConfig | None = None, *args: Any, **kwargs: Any) -> Arinar:
+        if cls is Arinar and config is not None:
+            cls = MaskedArinar if config.outer == "masked" else CausalArinar
+        return super().__new__(cls)
+
+    def __init__(self, config: ArinarConfig, dropout: float = 0.0) -> None:
+        super().__init__(config, dropout)  # the outer network's parameters, at top level as published
+        self.arhead = InnerAR(config)
+
+    def condition(self, tokens: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
+        """tokens (B, L, D), mask (B, L) with 1 = unknown, labels (B,) with -1 = unconditional -> z (B, L, C)."""
+        raise NotImplementedError  # by the kinds below
+
+    def mixture(self, z: Tensor, features: Tensor) -> Mixture:
+        """Teacher-forced mixture parameters.
+
+        z (N, C), features (N, D) -> weight, mu, logvar, each (N, D, K): those of feature j given features < j.
+        """
+        result: Mixture = self.arhead(z, features)
+        return result
+
+    def nll(self, z: Tensor, features: Tensor, row_mask: Tensor | None = None) -> Tensor:
+        """Training loss: negative log-likelihood per token, without the constant 0.5 log(2 pi) per feature.
+
+        z (N, C), features (N, D) -> (N,); with ``row_mask`` (N,) the mean over rows where it is 1, a scalar.
+        """
+        per_feature = -log_density(features, self.mixture(z, features)) - 0.5 * math.log(2 * math.pi)
+        rows = per_feature.sum(-1)
+        if row_mask is None:
+            return rows
+        return (rows * row_mask).sum() / row_mask.sum()
+
+    def forward(
+        self, latents: Tensor, labels: Tensor, *, label_drop: float = 0.1, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Training loss of VAE latents (B, channels, H, W) (as the VAE makes them) and labels (B,): a scalar.
+
+        Each label is replaced by the unconditional one with probability ``label_drop``. A masked model is trained on
+        the unknown tokens of one random mask ratio per batch, a causal one on all tokens in one pass.
+        """
+        tokens = patchify(normalize(latents, self.config), self.config.patch_size)            # (B, L, D)
+        if label_drop > 0:
+            drop = torch.rand(len(labels), generator=generator).to(labels.device) < label_drop
+            labels = torch.where(drop, torch.full_like(labels, -1), labels)
+        mask = self.training_mask(len(tokens), generator).to(tokens)                          # (B, L)
+        z = self.condition(tokens, mask, labels)
+        return self.nll(z.flatten(0, 1), tokens.flatten(0, 1), mask.flatten())
+
+    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """(batch, L), 1 = to be predicted."""
+        raise NotImplementedError  # by the kinds below
+
+
+class MaskedArinar(Arinar, MaskedOuter):
+    condition = MaskedOuter.condition  # type: ignore[assignment]
+
+    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        length = self.config.seq_len
+        while True:  # rejection from the one-sided normal: accepted 3 times in 4
+            ratio = 1.0 - abs(float(torch.randn((), generator=generator))) * MASK_RATIO_STD
+            if ratio >= MASK_RATIO_MIN:
+                break
+        order = torch.rand(batch, length, generator=generator).argsort(1)
+        return (order < math.ceil(length * ratio)).float()
+
+
+class CausalArinar(Arinar, CausalOuter):
+    condition = CausalOuter.condition
+
+    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.ones(batch, self.config.seq_len)
+
+
+def initialize(model: Arinar, seed: int = 0) -> Arinar:
+    """Random weights as MAR initialises them: normal(0, 0.02) embeddings, Xavier-uniform linears, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for name, parameter in model.named_parameters():
+            if name.endswith(
+                ("fake_latent", "mask_token", "_learned", "start_token", "pos_embedding", "class_emb.weight")
+            ):
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def normalize(latents: Tensor, config: ArinarConfig) -> Tensor:
+    """VAE latents (B, channels, H, W) -> what the model works on: (latents - shift) * scale."""
+    return (latents - _per_channel(config.latent_shift, latents)) * _per_channel(config.latent_scale, latents)
+
+
+def denormalize(latents: Tensor, config: ArinarConfig) -> Tensor:
+    """Inverse of :func:`normalize`."""
+    return latents / _per_channel(config.latent_scale, latents) + _per_channel(config.latent_shift, latents)
+
+
+def _per_channel(value: float | tuple[float, ...], like: Tensor) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return tensor[:, None, None] if tensor.ndim else tensor
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """(B, channels, H, W) -> tokens (B, L, D) in raster order, features ordered (channel, row, column)."""
+    batch, channels, height, width = latents.shape
+    p = patch_size
+    x = latents.reshape(batch, channels, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
+    """Inverse of :func:`patchify` for square images."""
+    batch, length, features = tokens.shape
+    p, side = patch_size, math.isqrt(length)
+    x = tokens.reshape(batch, side, side, features // (p * p), p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // (p * p), side * p, side * p)

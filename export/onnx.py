@@ -1,0 +1,265 @@
+"""Trace a step module into an ONNX graph, put its weights into a shared file, and prove the graph against the module."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto
+
+from arinar.runtime.bundle import TensorInfo
+
+Array = npt.NDArray[np.generic]
+
+#: Opsets that the graphs can be exported for. 20 is what every TensorRT 10 and later reads.
+OPSETS = (20, 21, 22, 23, 24)
+DEFAULT_OPSET = 20
+
+# Initializers smaller than this stay inside the .onnx file: shape constants must (the checker and ONNX Runtime read
+# them without external data).
+EXTERNAL_THRESHOLD = 1024
+# Offsets of large tensors are page aligned, so that a runtime can map them.
+PAGE, SMALL_ALIGNMENT = 4096, 64
+PRODUCER = "arinar"
+
+
+class ExportError(RuntimeError):
+    """A graph that could not be written, or that does not compute what its module computes."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph to export: the module, and what is fed to it.
+
+    ``inputs`` and ``outputs`` give names, dtypes and symbolic shapes, in the order of ``module.forward``; a string in
+    a shape is a dynamic axis. Integer inputs are drawn from ``ranges[name]`` when the graph is tested.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    ranges: Mapping[str, tuple[int, int]]
+    sizes: tuple[Mapping[str, int], ...]  # axis sizes to validate at, batch 1 and awkward ones included
+    atol: float = 1e-4
+
+    @property
+    def axes(self) -> list[str]:
+        found = dict.fromkeys(d for tensor in self.inputs for d in tensor.shape if isinstance(d, str))
+        return list(found)
+
+    def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+        """Random inputs for given axis sizes. Float inputs called ``uniforms`` lie in [0, 1), scalars above 1."""
+        rng = np.random.default_rng(seed)
+        feed: dict[str, Array] = {}
+        for tensor in self.inputs:
+            shape = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
+            dtype = np.dtype(tensor.dtype)
+            if dtype.kind in "iu":
+                low, high = self.ranges[tensor.name]
+                feed[tensor.name] = rng.integers(low, high, shape).astype(dtype)
+            elif tensor.name == "uniforms":
+                feed[tensor.name] = rng.random(shape).astype(dtype)
+            elif tensor.name in ("guidance_scale", "temperature"):
+                feed[tensor.name] = (1 + rng.random(shape)).astype(dtype)
+            elif tensor.name.startswith("weight"):
+                raw = rng.random(shape) + 0.05
+                feed[tensor.name] = (raw / raw.sum(-1, keepdims=True)).astype(dtype)
+            else:
+                feed[tensor.name] = rng.standard_normal(shape).astype(dtype)
+        return feed
+
+
+class WeightStore:
+    """One file that holds the large initializers of all graphs of a precision, each distinct tensor once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("xb")
+        self._known: dict[bytes, tuple[int, int]] = {}
+
+    def add(self, data: bytes | memoryview) -> tuple[int, int]:
+        """Write ``data`` unless it is there already -> (offset, length)."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._known:
+            alignment = PAGE if len(data) >= 16 * PAGE else SMALL_ALIGNMENT
+            offset = -(-self._file.tell() // alignment) * alignment
+            self._file.write(b"\0" * (offset - self._file.tell()))
+            self._file.write(data)
+            self._known[digest] = (offset, len(data))
+        return self._known[digest]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def export_graph(spec: GraphSpec, folder: Path, store: WeightStore, opset: int = DEFAULT_OPSET) -> Path:
+    """Trace ``spec.module`` and write ``folder/<name>.onnx``, large weights into ``store`` -> path of the graph.
+
+    Raises ExportError when tracing fails or an axis that must be dynamic came out fixed.
+    """
+    sizes = {axis: 3 + index for index, axis in enumerate(spec.axes)}  # distinct, and not 0 or 1, which specialise
+    feed = spec.example(sizes)
+    dims = {axis: torch.export.Dim(axis, min=1, max=1 << 20) for axis in spec.axes}
+    fixed: list[dict[int, torch.export.Dim]] = [
+        {i: dims[d] for i, d in enumerate(tensor.shape) if isinstance(d, str)} for tensor in spec.inputs
+    ]
+    variadic = sum(t.name.startswith("past_key_values.") for t in spec.inputs)
+    named, rest = fixed[: len(fixed) - variadic], fixed[len(fixed) - variadic :]
+    shapes = (*named, tuple(rest)) if rest else tuple(named)
+    args = tuple(torch.from_numpy(feed[tensor.name]) for tensor in spec.inputs)
+    path = folder / f"{spec.name}.onnx"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{spec.name}-") as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecation chatter
+        raw = Path(scratch) / "raw.onnx"
+        try:
+            program = torch.onnx.export(
+                spec.module, args, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
+                input_names=[t.name for t in spec.inputs], output_names=[t.name for t in spec.outputs],
+            )  # fmt: skip
+            assert program is not None
+            program.save(raw, external_data=True)
+        except Exception as error:
+            raise ExportError(f"graph {spec.name!r} could not be traced: {error}") from error
+        del program
+        model = onnx.load(raw, load_external_data=False)
+        strip(model)
+        model.graph.name = spec.name
+        check_interface(model, spec)
+        pool_weights(model, Path(scratch), store)
+        write_model(model, path)
+    return path
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what would differ from machine to machine: source paths, stack traces, the exporter's version."""
+    model.producer_name, model.producer_version, model.doc_string = PRODUCER, "", ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.doc_string = ""
+    for item in [graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        if hasattr(item, "metadata_props"):
+            del item.metadata_props[:]
+        if hasattr(item, "doc_string"):
+            item.doc_string = ""
+
+
+def check_interface(model: onnx.ModelProto, spec: GraphSpec) -> None:
+    """Names, and dynamic axes still dynamic; then give the axes the names that the manifest uses."""
+    for what, values, expected in (
+        ("input", model.graph.input, spec.inputs),
+        ("output", model.graph.output, spec.outputs),
+    ):
+        names = [value.name for value in values]
+        if names != [tensor.name for tensor in expected]:
+            raise ExportError(f"graph {spec.name!r}: {what}s are {names}; expected {[t.name for t in expected]}")
+        for value, tensor in zip(values, expected, strict=True):
+            dims = value.type.tensor_type.shape.dim
+            if len(dims) != len(tensor.shape):
+                raise ExportError(
+                    f"graph {spec.name!r}: {what} {tensor.name!r} has {len(dims)} axes; expected {tensor.shape}"
+                )
+            for index, (dim, want) in enumerate(zip(dims, tensor.shape, strict=True)):
+                if isinstance(want, str) and dim.HasField("dim_value"):
+                    raise ExportError(
+                        f"graph {spec.name!r}: axis {index} ({want}) of {what} {tensor.name!r} came out fixed at "
+                        f"{dim.dim_value}; it must stay dynamic"
+                    )
+                if isinstance(want, str):
+                    dim.dim_param = want
+                elif dim.HasField("dim_value") and dim.dim_value != want:
+                    raise ExportError(
+                        f"graph {spec.name!r}: axis {index} of {what} {tensor.name!r} is {dim.dim_value}; "
+                        f"expected {want}"
+                    )
+                else:
+                    dim.dim_value = want
+
+
+def pool_weights(model: onnx.ModelProto, source: Path, store: WeightStore) -> None:
+    """Move large initializers into ``store``; ``source`` is the folder of the model's present external data."""
+    for tensor in model.graph.initializer:
+        data = tensor_bytes(tensor, source)
+        for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+            tensor.ClearField(field)  # type: ignore[arg-type]
+        del tensor.external_data[:]
+        if len(data) < EXTERNAL_THRESHOLD:
+            tensor.data_location = TensorProto.DEFAULT
+            tensor.raw_data = bytes(data)
+            continue
+        offset, length = store.add(data)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", store.path.name), ("offset", offset), ("length", length)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+
+
+def tensor_bytes(tensor: TensorProto, folder: Path) -> bytes:
+    """Raw little-endian content of an initializer, wherever it is kept."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / entries["location"]).open("rb") as file:
+        file.seek(int(entries.get("offset", 0)))
+        return file.read(int(entries["length"])) if "length" in entries else file.read()
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def validate_graph(
+    path: Path, spec: GraphSpec, reference: Callable[[dict[str, Array]], Sequence[Array]] | None = None
+) -> float:
+    """Run the graph in ONNX Runtime against its module at every ``spec.sizes`` -> largest absolute error.
+
+    Raises ExportError naming the graph, output and error where they differ by more than ``spec.atol`` relative to
+    the output's scale (at least 1), where a shape differs, or where the ONNX checker objects.
+    """
+    import onnxruntime as ort
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the checker has several exception types of its own
+        raise ExportError(f"graph {spec.name!r} does not pass the ONNX checker: {error}") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for number, sizes in enumerate(spec.sizes):
+        feed = spec.example(sizes, seed=number)
+        expected = (reference or (lambda f: run_module(spec, f)))(feed)
+        got = session.run(None, feed)
+        for tensor, want, have in zip(spec.outputs, expected, got, strict=True):
+            if want.shape != have.shape or want.dtype != have.dtype:
+                raise ExportError(
+                    f"graph {spec.name!r}, output {tensor.name!r} at {dict(sizes)}: {have.dtype} {have.shape} from "
+                    f"ONNX Runtime, {want.dtype} {want.shape} from PyTorch"
+                )
+            if want.size == 0:
+                continue
+            scale = max(1.0, float(np.abs(want.astype(np.float64)).max()))
+            error = float(np.abs(have.astype(np.float64) - want.astype(np.float64)).max())
+            limit = 1.0 if want.dtype == np.uint8 else spec.atol * scale
+            if not error <= limit:  # catches NaN too
+                raise ExportError(
+                    f"graph {spec.name!r}, output {tensor.name!r} at {dict(sizes)}: ONNX Runtime differs from PyTorch "
+                    f"by {error:.3g}; at most {limit:.3g} is allowed"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def run_module(spec: GraphSpec, feed: Mapping[str, Array]) -> list[Array]:
+    with torch.no_grad():
+        out = spec.module(*(torch.from_numpy(feed[tensor.name]) for tensor in spec.inputs))
+    values = out if isinstance(out, tuple) else (out,)
+    return [value.numpy() for value in values]

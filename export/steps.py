@@ -1,0 +1,376 @@
+"""Step modules: one thin `nn.Module` per ONNX graph, around the trained model's own sub-modules.
+
+The loop keeps its state in generation order, position first: tokens (L, B, D), order (L, B), uniforms (L, B, D, U).
+What a step reads or writes is then a contiguous slice of it, so no backend ever gathers, scatters or copies state
+between steps. Hence the (V, B, ...) layouts here, turned to batch first inside the graph.
+
+Letters: B images, G guidance branches (1, or 2: conditional then unconditional), L tokens, V visible, P to predict
+now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K Gaussians, H heads, N rows.
+
+Half precision is written here, not left to a converter: weights and GEMMs run in the module's dtype, while norms,
+softmax, the mixture head and everything after it stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arinar.config import ArinarConfig
+from arinar.inner import InnerAR, InnerBlock
+from arinar.mixture import MixtureSample, PlainMixtureSample
+from arinar.model import unpatchify
+from arinar.outer import Attention, Block, CausalOuter, MaskedOuter
+from arinar.vae import AutoencoderKL, posterior
+
+__all__ = [
+    "CausalPrefill", "CausalStep", "InnerCondition", "InnerStep", "MaskedStep", "MixtureSample",
+    "PlainMixtureSample", "TokensToLatents", "VaeDecoder", "VaeEncoder",
+]  # fmt: skip
+
+# Added to the scores of cache slots that hold nothing yet. Finite, so that a fully masked row stays finite, and
+# within the range of float16 although scores are kept in float32.
+MASKED_SCORE = -3.0e4
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm with float32 statistics, back in the input's dtype."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Full attention: q (N, H, S, d), k and v (N, H, T, d) -> (N, H, S, d); softmax in float32."""
+    scores = (q * scale) @ k.transpose(2, 3)
+    return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+
+
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    """One new position against a cache of fixed length, without appending to it (which would copy it).
+
+    q, k, v (N, H, 1, d) of the new position; past_k, past_v (N, H, S, d); bias (S,) 0 for slots that are filled and
+    MASKED_SCORE for the others -> (N, H, 1, d).
+    """
+    q = q * scale
+    past_scores = (q @ past_k.transpose(2, 3)).float() + bias                                 # (N, H, 1, S)
+    new_score = (q * k).float().sum(-1, keepdim=True)                                         # (N, H, 1, 1)
+    weights = torch.softmax(torch.cat([past_scores, new_score], -1), -1).to(v.dtype)
+    return weights[..., :-1] @ past_v + weights[..., -1:] * v
+
+
+def filled_bias(slots: int, first: int, count: int) -> Tensor:
+    """(count, slots) table: row i admits the first ``first + i`` slots. Gathered by position, never computed from it
+    (a mask compared inside the graph crashes TensorRT's builder next to a cache)."""
+    row, slot = torch.arange(count)[:, None] + first, torch.arange(slots)[None]
+    return torch.where(slot < row, 0.0, MASKED_SCORE)
+
+
+def class_table(outer: MaskedOuter | CausalOuter) -> Tensor:
+    """(num_classes + 1, C): class embeddings, then the unconditional vector."""
+    return torch.cat([outer.class_emb.weight, outer.fake_latent]).detach()
+
+
+def class_rows(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels with -1 = unconditional -> rows of the class table."""
+    return torch.where(labels < 0, num_classes, labels)
+
+
+def split_heads(attn: Attention, qkv: Tensor) -> Sequence[Tensor]:
+    """(N, S, j * C) -> j tensors (N, H, S, d)."""
+    parts = qkv.shape[-1] // attn.proj.in_features
+    return [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv.chunk(parts, -1)]
+
+
+def merge_heads(attn: Attention, x: Tensor) -> Tensor:
+    """(N, H, S, d) -> (N, S, C), through the output projection."""
+    out: Tensor = attn.proj(x.transpose(1, 2).flatten(2))
+    return out
+
+
+def feed_forward(block: Block, x: Tensor) -> Tensor:
+    out: Tensor = x + block.mlp(layer_norm(x, block.norm2))
+    return out
+
+
+def head_scale(attn: Attention) -> float:
+    return float((attn.proj.in_features // attn.heads) ** -0.5)
+
+
+class MaskedStep(nn.Module):
+    """Outer step of a masked model: z at the positions to predict, and at those only.
+
+    Exact savings over the full network: hidden positions enter the decoder as rows of one constant table; positions
+    come in any order (attention does not care), so nothing is scattered; the last decoder block computes queries,
+    projection and MLP for the predicted positions alone; visible tokens are embedded once for both branches.
+    """
+
+    def __init__(self, outer: MaskedOuter) -> None:
+        super().__init__()
+        self.outer, config = outer, outer.config
+        self.buffer, self.num_classes = config.buffer_size, config.num_classes
+        encoder_pos, decoder_pos = outer.encoder_pos_embed_learned[0], outer.decoder_pos_embed_learned[0]
+        self.register_buffer("class_table", class_table(outer))
+        self.register_buffer("encoder_pos_buffer", encoder_pos[: self.buffer].detach().clone())
+        self.register_buffer("encoder_pos", encoder_pos[self.buffer :].detach().clone())
+        self.register_buffer("decoder_pos_buffer", decoder_pos[: self.buffer].detach().clone())
+        self.register_buffer("decoder_pos", decoder_pos[self.buffer :].detach().clone())
+        unknown = (outer.mask_token[0].float() + decoder_pos[self.buffer :].float()).to(decoder_pos.dtype)
+        self.register_buffer("unknown_table", unknown.detach())
+        self.register_buffer("target_pos", outer.diffusion_pos_embed_learned[0].detach().clone())
+
+    def forward(
+        self,
+        visible_tokens: Tensor,
+        visible_positions: Tensor,
+        target_positions: Tensor,
+        hidden_positions: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """visible_tokens (V, B, D), the positions (V|P|U, B) int64, labels (G, B) int64 with -1 = unconditional
+        -> z (G * P * B, C) float32, conditional rows first."""
+        outer, buffer = self.outer, self.buffer
+        branches, batch = labels.shape
+        predicted = target_positions.shape[0]
+
+        x = outer.z_proj(visible_tokens.to(self.encoder_pos.dtype)) + F.embedding(visible_positions, self.encoder_pos)
+        x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)                  # (GB, V, C)
+        prefix = F.embedding(class_rows(labels, self.num_classes), self.class_table).flatten(0, 1)         # (GB, C)
+        prefix = layer_norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)       # (GB, buffer, C)
+        x = torch.cat([prefix, x], 1)
+        for block in outer.encoder_blocks:
+            x = self.block(block, x)
+        x = outer.decoder_embed(layer_norm(x, outer.encoder_norm))                            # (GB, buffer + V, C)
+
+        unknown = F.embedding(torch.cat([target_positions, hidden_positions]), self.unknown_table)         # (P + U, B, C)
+        visible_pos = self.per_branch(F.embedding(visible_positions, self.decoder_pos), branches, batch)
+        x = torch.cat(
+            [
+                self.per_branch(unknown, branches, batch),
+                x[:, :buffer] + self.decoder_pos_buffer,
+                x[:, buffer:] + visible_pos,
+            ],
+            1,
+        )                                                                                     # (GB, S, C), targets first
+        for block in outer.decoder_blocks[:-1]:
+            x = self.block(block, x)
+        x = self.last_block(outer.decoder_blocks[-1], x, predicted)                           # (GB, P, C)
+        z = layer_norm(x, outer.decoder_norm)
+        z = z.unflatten(0, (branches, batch)).transpose(1, 2)                                 # (G, P, B, C)
+        return (z + F.embedding(target_positions, self.target_pos)).flatten(0, 2).float()
+
+    def per_branch(self, x: Tensor, branches: int, batch: int) -> Tensor:
+        """(S, B, C) -> (G * B, S, C)."""
+        return x.transpose(0, 1)[None].expand(branches, -1, -1, -1).flatten(0, 1)
+
+    def block(self, block: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(block, Block)
+        q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
+        x = x + merge_heads(block.attn, attend(q, k, v, head_scale(block.attn)))
+        return feed_forward(block, x)
+
+    def last_block(self, block: nn.Module, x: Tensor, predicted: int) -> Tensor:
+        """(GB, S, C) -> (GB, P, C): keys and values of every position, the rest for the first P."""
+        assert isinstance(block, Block)
+        attn, width = block.attn, x.shape[-1]
+        normed = layer_norm(x, block.norm1)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        (q,) = split_heads(attn, F.linear(normed[:, :predicted], weight[:width], bias[:width]))
+        k, v = split_heads(attn, F.linear(normed, weight[width:], bias[width:]))
+        x = x[:, :predicted] + merge_heads(attn, attend(q, k, v, head_scale(attn)))
+        return feed_forward(block, x)
+
+
+class CausalPrefill(nn.Module):
+    """Class buffer of a causal model: z of the first token, and the cache rows of the buffer."""
+
+    def __init__(self, outer: CausalOuter) -> None:
+        super().__init__()
+        self.outer, self.num_classes = outer, outer.config.num_classes
+        self.register_buffer("class_table", class_table(outer))
+        prefix = outer.encoder_pos_embed_learned[0, : outer.config.buffer_size].detach().clone()
+        first = int(outer.order[0])
+        prefix[-1] += outer.target_pos_embed_learned[0, first].detach()
+        self.register_buffer("prefix_pos", prefix)
+        self.register_buffer("target_pos", outer.diffusion_pos_embed_learned[0, first].detach().clone())
+        size = outer.config.buffer_size
+        future = torch.arange(size)[None] > torch.arange(size)[:, None]
+        self.register_buffer("causal_bias", torch.where(future, MASKED_SCORE, 0.0))
+
+    def forward(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """labels (N,) int64 -> z (N, C) float32, then per layer keys and values (N, H, buffer, d)."""
+        outer = self.outer
+        x = F.embedding(class_rows(labels, self.num_classes), self.class_table)[:, None] + self.prefix_pos
+        x = layer_norm(x, outer.z_proj_ln)                                                    # (N, buffer, C)
+        rows: list[Tensor] = []
+        for block in outer.decoder_blocks:
+            assert isinstance(block, Block)
+            q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
+            scores = ((q * head_scale(block.attn)) @ k.transpose(2, 3)).float() + self.causal_bias
+            x = x + merge_heads(block.attn, torch.softmax(scores, -1).to(v.dtype) @ v)
+            x = feed_forward(block, x)
+            rows += [k, v]
+        z = layer_norm(x[:, -1], outer.decoder_norm) + self.target_pos
+        return (z.float(), *rows)
+
+
+class CausalStep(nn.Module):
+    """Outer step of a causal model: one token in, z of the next out, new cache rows out.
+
+    The cache has a fixed length and is only read: the caller writes the new rows at slot ``buffer + position``
+    (so no step copies the cache, on any backend). The position is data, never a shape.
+    """
+
+    def __init__(self, outer: CausalOuter) -> None:
+        super().__init__()
+        self.outer, config = outer, outer.config
+        order, buffer = outer.order, config.buffer_size
+        known, target = order[:-1], order[1:]
+        embed = outer.encoder_pos_embed_learned[0, buffer + known] + outer.target_pos_embed_learned[0, target]
+        self.register_buffer("step_pos", embed.detach())                                      # (L - 1, C)
+        self.register_buffer("target_pos", outer.diffusion_pos_embed_learned[0, target].detach())
+        self.register_buffer("filled", filled_bias(cache_slots(config), buffer, config.seq_len - 1))
+
+    def forward(self, token: Tensor, rows: Tensor, position: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """token (B, D), rows (N,) int64: the image that each cache row belongs to, position (1,) int64: how many
+        tokens came before this one, past keys and values per layer (N, H, S, d)
+        -> z (N, C) float32, then per layer the new key and value rows (N, H, 1, d)."""
+        outer = self.outer
+        x = outer.z_proj(F.embedding(rows, token).to(self.step_pos.dtype)) + F.embedding(position, self.step_pos)
+        x = layer_norm(x, outer.z_proj_ln)[:, None]                                           # (N, 1, C)
+        bias = F.embedding(position, self.filled)[0]                                                       # (S,)
+        new: list[Tensor] = []
+        for index, block in enumerate(outer.decoder_blocks):
+            assert isinstance(block, Block)
+            q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
+            past_k, past_v = past[2 * index], past[2 * index + 1]
+            x = x + merge_heads(
+                block.attn, attend_cached(q, k, v, past_k, past_v, bias, head_scale(block.attn))
+            )
+            x = feed_forward(block, x)
+            new += [k, v]
+        z = layer_norm(x[:, 0], outer.decoder_norm) + F.embedding(position, self.target_pos)
+        return (z.float(), *new)
+
+
+def cache_slots(config: ArinarConfig) -> int:
+    """Length of a causal model's cache: the buffer and every token but the last, which is never fed back."""
+    return config.buffer_size + config.seq_len - 1
+
+
+class InnerCondition(nn.Module):
+    """Everything that depends on z alone, once per token instead of once per feature: the start of the sequence and
+    the AdaLN modulation of every block and of the head, as one GEMM."""
+
+    def __init__(self, inner: InnerAR) -> None:
+        super().__init__()
+        self.inner = inner
+        linears = [block.ada_lin[1] for block in inner.blocks] + [inner.head_nm.ada_lin[1]]  # type: ignore[index]
+        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]))
+        self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (N, C) float32 -> start (N, W), modulation (N, 6 * depth + 2, W)."""
+        z = z.to(self.weight.dtype)
+        start = self.inner.cond_proj(z) + self.inner.start_token[0]
+        modulation = F.linear(F.silu(z), self.weight, self.bias)
+        return start, modulation.unflatten(-1, (-1, self.inner.config.inner_width))
+
+
+class InnerStep(nn.Module):
+    """One feature: mixture parameters, and the new cache rows."""
+
+    def __init__(self, inner: InnerAR) -> None:
+        super().__init__()
+        self.inner = inner
+        features = inner.config.token_dim
+        self.register_buffer("filled", filled_bias(features, 0, features))
+
+    def forward(
+        self, feature: Tensor, position: Tensor, start: Tensor, modulation: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """feature (N, 1) float32: the previous one (ignored at position 0), position (1,) int64, start and modulation
+        from the conditioning, past keys and values per block (N, H, S, d), S at most D
+        -> weight, mu, logvar (N, K) float32, then per block the new key and value rows (N, H, 1, d)."""
+        inner = self.inner
+        x = torch.where(position == 0, start, inner.input_proj(feature.to(start.dtype)))
+        x = (x + F.embedding(position, inner.pos_embedding[0]))[:, None]                                   # (N, 1, W)
+        parts = modulation[:, :, None].unbind(1)                                              # each (N, 1, W)
+        new: list[Tensor] = []
+        for index, block in enumerate(inner.blocks):
+            assert isinstance(block, InnerBlock)
+            gamma1, gamma2, scale1, scale2, shift1, shift2 = parts[6 * index : 6 * index + 6]
+            h = modulate(x, scale1, shift1, block.norm_eps)
+            q, k, v = inner_heads(block, h)
+            past_k, past_v = past[2 * index], past[2 * index + 1]
+            bias = F.embedding(position, self.filled)[0, : past_k.shape[2]]
+            h = attend_cached(q, k, v, past_k, past_v, bias, block.attn.scale)
+            x = x + gamma1 * block.attn.proj(h.transpose(1, 2).flatten(2))
+            x = x + gamma2 * block.ffn(modulate(x, scale2, shift2, block.norm_eps))
+            new += [k, v]
+        x = modulate(x, parts[-2], parts[-1], inner.head_nm.norm_eps)[:, 0]
+        out = F.linear(x.float(), inner.head.weight.float(), inner.head.bias.float())
+        mu, logvar, logits = out.chunk(3, -1)
+        return (torch.softmax(logits, -1), mu, logvar, *new)
+
+
+def inner_heads(block: InnerBlock, x: Tensor) -> list[Tensor]:
+    """(N, 1, W) -> queries, keys, values, each (N, H, 1, d)."""
+    attn = block.attn
+    bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias])
+    qkv = F.linear(x, attn.mat_qkv.weight, bias)
+    return [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)]
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine (float32 statistics), then (1 + scale) and shift."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    return normed * (1 + scale) + shift
+
+
+class TokensToLatents(nn.Module):
+    """Finished tokens in generation order -> raster order, and de-normalised latents for the VAE."""
+
+    def __init__(self, config: ArinarConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, value in (("scale", config.latent_scale), ("shift", config.latent_shift)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1))
+
+    def forward(self, tokens: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (L, B, D) in generation order, ranks (B, L) int64: where in that order each grid position stands
+        -> tokens (B, L, D) in raster order, latents (B, channels, h, w)."""
+        features = tokens.shape[-1]
+        raster = tokens.transpose(0, 1).gather(1, ranks[:, :, None].expand(-1, -1, features))
+        return raster, unpatchify(raster, self.config.patch_size) / self.scale + self.shift
+
+
+class VaeDecoder(nn.Module):
+    """De-normalised latents -> finished images."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents (B, channels, h, w) float32 -> images (B, H, W, 3) uint8 RGB, rounded half to even."""
+        image = self.vae.decode(latents.to(self.vae.post_quant_conv.weight.dtype)).float()
+        return ((image + 1) / 2 * 255).clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+
+
+class VaeEncoder(nn.Module):
+    """Images -> mean latents, de-normalised (what the decoder takes)."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, H, W, 3) uint8 RGB -> latents (B, channels, h, w) float32, the posterior mean."""
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean, _ = posterior(self.vae.encode(x.to(self.vae.quant_conv.weight.dtype)))
+        return mean.float()

@@ -1,0 +1,238 @@
+"""The bundle: a folder that holds everything a model needs to run, and the manifest that describes it.
+
+The contract between `arinar.export`, which writes bundles, and the runtime, which loads them. Nothing in a bundle
+holds an absolute path: it can be moved and copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from arinar.config import ArinarConfig
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+
+
+class BundleError(ValueError):
+    """A bundle that is damaged, foreign, or does not hold what was asked for. The message tells the remedy."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, NumPy dtype name and shape of a graph's input or output; a string in the shape is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorInfo:
+        return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One ONNX graph: its file (relative to the bundle), opset, inputs, outputs, and the files with its weights."""
+
+    name: str
+    file: str
+    opset: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    weights: tuple[str, ...] = ()
+    # Largest error against the step module when it was exported, measured in ONNX Runtime on the CPU.
+    max_abs_err: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "file": self.file,
+            "opset": self.opset,
+            "inputs": [tensor.to_dict() for tensor in self.inputs],
+            "outputs": [tensor.to_dict() for tensor in self.outputs],
+            "weights": list(self.weights),
+            "max_abs_err": self.max_abs_err,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GraphInfo:
+        return cls(
+            name=str(data["name"]),
+            file=str(data["file"]),
+            opset=int(data["opset"]),
+            inputs=tuple(TensorInfo.from_dict(item) for item in data["inputs"]),
+            outputs=tuple(TensorInfo.from_dict(item) for item in data["outputs"]),
+            weights=tuple(str(item) for item in data["weights"]),
+            max_abs_err=data.get("max_abs_err"),
+        )
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `generate` uses where the caller says nothing."""
+
+    num_iter: int
+    guidance_scale: float
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `manifest.json` says.
+
+    ``graphs[precision][graph name]`` are the graphs, ``files[relative path]`` the size and hash of every file,
+    ``num_candidates`` the N of the guided draw that is built into the sampling graphs, ``provenance`` where the
+    weights came from and what wrote the bundle.
+    """
+
+    config: ArinarConfig
+    graphs: dict[str, dict[str, GraphInfo]]
+    files: dict[str, FileInfo]
+    defaults: Defaults
+    num_candidates: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def precision_graphs(self, precision: str) -> dict[str, GraphInfo]:
+        if precision not in self.graphs:
+            raise BundleError(
+                f"the bundle holds no {precision!r} graphs; it has {', '.join(self.graphs)}. "
+                f"`arinar export --precision {precision}` adds them"
+            )
+        return self.graphs[precision]
+
+    def to_json(self) -> str:
+        data = {
+            "format_version": self.format_version,
+            "config": self.config.to_dict(),
+            "graphs": {p: {n: g.to_dict() for n, g in graphs.items()} for p, graphs in self.graphs.items()},
+            "files": {name: asdict(info) for name, info in self.files.items()},
+            "defaults": asdict(self.defaults),
+            "num_candidates": self.num_candidates,
+            "provenance": self.provenance,
+        }
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises BundleError for what is not a manifest, or one of an unknown format version."""
+        try:
+            data = json.loads(text)
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"the bundle has format version {version}; this version of arinar reads {FORMAT_VERSION}. "
+                f"Install a version of arinar that matches, or export the model again"
+            )
+        try:
+            manifest = cls(
+                config=ArinarConfig.from_dict(data["config"]),
+                graphs={
+                    p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()
+                },
+                files={name: FileInfo(int(f["size"]), str(f["sha256"])) for name, f in data["files"].items()},
+                defaults=Defaults(**data["defaults"]),
+                num_candidates=int(data["num_candidates"]),
+                provenance=dict(data["provenance"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{MANIFEST_NAME} is damaged ({error!r}); export the model again") from error
+        for name in manifest.files:
+            check_relative(name)
+        for graphs in manifest.graphs.values():
+            for graph in graphs.values():
+                for name in (graph.file, *graph.weights):
+                    if name not in manifest.files:
+                        raise BundleError(f"graph {graph.name!r} needs {name!r}, which the manifest does not list")
+        return manifest
+
+
+def check_relative(name: str) -> None:
+    """Refuse paths that could leave the bundle's folder."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise BundleError(f"the manifest names the file {name!r}, which does not lie inside the bundle; do not trust it")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest. Raises BundleError when ``path`` is not a bundle this version can read."""
+        folder = Path(path)
+        file = folder / MANIFEST_NAME
+        if not folder.is_dir() or not file.is_file():
+            what = "is not a folder" if folder.exists() and not folder.is_dir() else f"holds no {MANIFEST_NAME}"
+            what = what if folder.exists() else "does not exist"
+            raise BundleError(f"{folder} is not a bundle: it {what}. `arinar export CHECKPOINT -o {folder}` makes one")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{file} is not text; export the model again") from error
+        return cls(folder, Manifest.from_json(text))
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file of the bundle, checked to lie inside it."""
+        check_relative(name)
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(f"{name!r} leads out of the bundle {self.folder}; do not trust it")
+        return path
+
+    def verify(
+        self, names: list[str] | None = None, progress: Callable[[str], None] | None = None
+    ) -> None:
+        """Compare size and hash of files (all, or the named ones). Raises BundleError naming the first bad one."""
+        for name in sorted(self.manifest.files) if names is None else names:
+            path, info = self.path(name), self.manifest.files[name]
+            if progress:
+                progress(name)
+            if not path.is_file():
+                raise BundleError(f"{path} is missing; copy the bundle again, or export the model again")
+            size = path.stat().st_size
+            if size != info.size:
+                raise BundleError(
+                    f"{path} has {size} bytes; the manifest says {info.size}. Copy the bundle again, or export again"
+                )
+            digest = file_sha256(path)
+            if digest != info.sha256:
+                raise BundleError(
+                    f"{path} is damaged: its SHA-256 is {digest[:16]}..., the manifest says {info.sha256[:16]}... "
+                    f"Copy the bundle again, or export again"
+                )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_info(path: Path) -> FileInfo:
+    return FileInfo(path.stat().st_size, file_sha256(path))

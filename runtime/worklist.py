@@ -1,0 +1,107 @@
+"""Many images into a folder: in chunks, resumable, each file complete or absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .bundle import MANIFEST_NAME, file_sha256
+from .images import read_metadata, save_png
+from .noise import Noise
+from .pipeline import Pipeline, check_batch_size, check_labels, check_num_iter
+
+
+class Worklist:
+    """Image i of ``labels`` becomes ``out/00000i.png``; files made with the same settings are kept.
+
+    Raises ValueError for bad sampling arguments, a folder that cannot be written to, or files in the way that other
+    settings made (unless ``overwrite``).
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        labels: list[int],
+        out: str | os.PathLike[str],
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+        overwrite: bool = False,
+        **sampling: Any,
+    ) -> None:
+        self.pipeline, self.seed, self.batch_size = pipeline, seed, batch_size
+        self.labels = [int(label) for label in check_labels(labels, pipeline.config)]
+        self.sampling = sampling
+        defaults = pipeline.bundle.manifest.defaults
+        self.num_iter = check_num_iter(sampling.get("num_iter"), defaults.num_iter, pipeline.config)
+        Noise.from_seed(seed, [], pipeline.config)  # checks the seed
+        self.out = Path(out)
+        _writable(self.out)
+        digits = max(6, len(str(len(labels) - 1)))
+        self.paths = [self.out / f"{index:0{digits}d}.png" for index in range(len(labels))]
+        manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
+        settings = {
+            name: getattr(defaults, name) if value is None else value
+            for name, value in {
+                "guidance_scale": None, "cfg_schedule": None, "temperature": None, **sampling, "num_iter": self.num_iter,
+            }.items()
+        }  # fmt: skip
+        self.metadata = [
+            settings
+            | {"seed": seed, "index": index, "label": label, "precision": pipeline.precision, "bundle": manifest[:16]}
+            for index, label in enumerate(self.labels)
+        ]
+        self.missing: list[int] = []
+        for index, path in enumerate(self.paths):
+            if not path.exists() or (overwrite and read_metadata(path) != self.metadata[index]):
+                self.missing.append(index)
+            elif read_metadata(path) != self.metadata[index]:
+                raise ValueError(
+                    f"{path} is there already and was made with other settings; choose another folder, or --overwrite"
+                )
+
+    def run(self, on_steps: Callable[[int], object] | None = None) -> dict[str, float]:
+        """Generate what is missing -> seconds by phase. ``on_steps`` gets image-steps done since the last call."""
+        size = check_batch_size(self.batch_size, max(1, len(self.missing)), self.pipeline.config)
+        timings: dict[str, float] = {"total": 0.0}
+        for first in range(0, len(self.missing), size):
+            indices = self.missing[first : first + size]
+            noise = Noise.from_seed(self.seed, indices, self.pipeline.config)
+
+            def step(_: object, count: int = len(indices)) -> None:
+                if on_steps:
+                    on_steps(count)
+
+            made = self.pipeline.generate(
+                [self.labels[i] for i in indices], noise=noise, batch_size=self.batch_size, callback=step,
+                **self.sampling,
+            )  # fmt: skip
+            for index, image in zip(indices, made.images, strict=True):
+                save_png(image, self.paths[index], self.metadata[index])
+            for phase, seconds in made.timings.items():
+                timings[phase] = timings.get(phase, 0.0) + seconds
+        self.missing = []
+        return timings
+
+    def images(self) -> list[Image.Image]:
+        """All images of the list, read back from the folder."""
+        loaded = []
+        for path in self.paths:
+            with Image.open(path) as image:
+                loaded.append(image.convert("RGB"))
+        return loaded
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder; raise ValueError where files cannot be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error

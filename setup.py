@@ -1,0 +1,53 @@
+"""Packaging: one import name, `arinar`, out of four top-level folders."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "arinar" / "__init__.py").read_text()).group(1)
+
+package_dir = {
+    "arinar": "arinar",
+    "arinar.export": "export",
+    "arinar.runtime": "runtime",
+    "arinar.calibration": "calibration",
+}
+
+ONNXRUNTIME = "onnxruntime>=1.22"
+EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
+DEMO = ["scikit-learn>=1.4"]
+
+setup(
+    name="arinar",
+    version=VERSION,
+    description="ARINAR image generation in production: ONNX graphs, TensorRT engines, a torch-free runtime",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir=package_dir,
+    packages=list(package_dir),
+    package_data={"arinar": ["py.typed", "weights/*.safetensors"]},
+    install_requires=["numpy>=1.26", "pillow>=10", "click>=8.1", "tqdm>=4.66"],
+    extras_require={
+        # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
+        "cpu": [ONNXRUNTIME],
+        "gpu": ["onnxruntime-gpu>=1.22"],
+        "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6"],
+        "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6"],
+        # What trains and exports.
+        "export": EXPORT,
+        "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],
+        # `arinar demo`: export, run on the CPU, judge.
+        "demo": [*EXPORT, *DEMO, ONNXRUNTIME],
+        "dev": [
+            *EXPORT, *DEMO, ONNXRUNTIME,
+            "scipy>=1.11", "pytest>=8", "pytest-xdist>=3.5", "polygraphy>=0.49", "ruff>=0.11", "mypy>=1.15", "build>=1.2",
+        ],
+    },
+    entry_points={"console_scripts": ["arinar=arinar.cli:main"]},
+    options={"editable_wheel": {"mode": "strict"}},
+)  # fmt: skip
