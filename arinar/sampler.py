@@ -16,11 +16,9 @@ from torch import Tensor
 
 from .inner import Mixture, log_density
 from .mixture import draw_mixture
+from .mixture_law import NUM_CANDIDATES
 from .model import Arinar, CausalArinar
 from .schedule import Step, steps
-
-#: Proposals per guided draw in the published code; part of the distribution, not an approximation to turn up.
-NUM_CANDIDATES = 1000
 
 
 class NoiseLike(Protocol):

@@ -49,7 +49,8 @@ from .vae import AutoencoderKL, posterior, to_uint8
 SCHEDULES = ("cosine", "constant")
 # Of the state files; a file of another version is refused rather than misread.
 STATE_VERSION = 1
-# Images per forward pass where no gradient is needed.
+# Pixels, and images' latents, per forward pass where no gradient is needed: bounds the memory.
+EVAL_PIXELS = 250 * 32 * 32
 EVAL_BATCH = 250
 # Passes over the held-out images per evaluation: a masked model's NLL depends on the masks drawn.
 EVAL_REPEATS = 4
@@ -59,14 +60,14 @@ JUDGE_BATCH = 100
 
 OnEval = Callable[[int, float, float], None]
 
-#: How the shipped demo weights were trained: what differs from the defaults of :func:`train_vae` (names ending in
-#: "-vae") and :func:`train_arinar`. The published masks, for 256 tokens, would leave the digits' 16 tokens without
-#: training on the last steps of sampling.
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits-vae": {},
-    "digits": {"mask_ratio_min": 0.05, "mask_ratio_std": 0.5},
-    "digits-causal": {},
-}
+#: What :func:`train_demo` trains. Their recipes are the defaults of :func:`train_vae` and :func:`train_arinar`.
+DEMO_NAMES = ("digits-vae", "digits", "digits-causal")
+
+# Masks for images of few tokens: the published range would leave them without training for the last sampling steps.
+# With the published number of tokens the model generalises to those; with 16 tokens, 0.7 means 4 known at most.
+FEW_TOKENS = 64
+FEW_TOKENS_RATIO_MIN = 0.05
+FEW_TOKENS_RATIO_STD = 0.5
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def train_vae(
         def evaluate(averaged: nn.Module, generator: torch.Generator) -> float:
             assert isinstance(averaged, AutoencoderKL)
             total = 0.0
-            for images in torch.split(dataset.held_out.images, EVAL_BATCH):
+            for images in torch.split(dataset.held_out.images, _eval_images(img_size)):
                 value = vae_loss(averaged, to_float(images).to(target), generator, kl_weight, edge_weight)
                 total += float(value) * len(images)
             return total / len(dataset.held_out)
@@ -236,8 +237,8 @@ def train_arinar(
     ema: float = 0.999,
     dropout: float = 0.1,
     label_drop: float = 0.1,
-    mask_ratio_min: float = MASK_RATIO_MIN,
-    mask_ratio_std: float = MASK_RATIO_STD,
+    mask_ratio_min: float | None = None,
+    mask_ratio_std: float | None = None,
     augment: Augment | None = Augment(),  # noqa: B008 - frozen
     augmented_copies: int = 24,
     held_out: float | None = None,
@@ -263,13 +264,20 @@ def train_arinar(
     dropout : in the outer blocks.
     label_drop : share of labels replaced by "unconditional", which is what guidance needs.
     mask_ratio_min, mask_ratio_std : for a masked model, the share of unknown tokens in training: a one-sided normal
-        that falls from 1 with this std, truncated below. The defaults are the published ones, for 256 tokens.
+        that falls from 1 with this std, truncated below. None means the published 0.7 and 0.25, or 0.05 and 0.5 for
+        images of fewer than 64 tokens.
     device : None means CUDA where there is one (bfloat16 where it has it), else the CPU.
     on_eval : called with (steps done, mean training loss, held-out NLL per token) at each evaluation.
 
     Raises ValueError for unsuitable arguments or data, and where the state file belongs to another training.
     """
     model_config = _preset(config, PRESETS, ArinarConfig, "config")
+    few = model_config.seq_len < FEW_TOKENS
+    if mask_ratio_min is None:
+        mask_ratio_min = FEW_TOKENS_RATIO_MIN if few else MASK_RATIO_MIN
+    if mask_ratio_std is None:
+        mask_ratio_std = FEW_TOKENS_RATIO_STD if few else MASK_RATIO_STD
+    ratios = {"mask_ratio_min": mask_ratio_min, "mask_ratio_std": mask_ratio_std}
     for name, share in (("dropout", dropout), ("label_drop", label_drop), ("mask_ratio_min", mask_ratio_min)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}; expected 0 <= {name} < 1")
@@ -301,9 +309,8 @@ def train_arinar(
             copies = torch.randint(len(moments), (len(rows),), generator=generator)
             tokens = tokens_of(moments[copies, rows], generator)
             return training_loss(
-                model, tokens, labels[rows].to(target), generator, label_drop=label_drop,
-                mask_ratio_min=mask_ratio_min, mask_ratio_std=mask_ratio_std,
-            )  # fmt: skip
+                model, tokens, labels[rows].to(target), generator, label_drop=label_drop, **ratios
+            )
 
         def evaluate(averaged: nn.Module, generator: torch.Generator) -> float:
             assert isinstance(averaged, Arinar)
@@ -312,16 +319,13 @@ def train_arinar(
                 for first in range(0, len(aside), EVAL_BATCH):
                     ids = dataset.held_out.labels[first : first + EVAL_BATCH]
                     tokens = tokens_of(aside[first : first + EVAL_BATCH], generator)
-                    value = training_loss(
-                        averaged, tokens, ids.to(target), generator, label_drop=0.0,
-                        mask_ratio_min=mask_ratio_min, mask_ratio_std=mask_ratio_std,
-                    )  # fmt: skip
+                    value = training_loss(averaged, tokens, ids.to(target), generator, label_drop=0.0, **ratios)
                     total += float(value) * len(ids)
             return total / (EVAL_REPEATS * len(aside))
 
         identity = {
             "kind": "arinar", "config": model_config.to_dict(), "optimization": asdict(optimization),
-            "dropout": dropout, "label_drop": label_drop, "mask_ratio": [mask_ratio_min, mask_ratio_std],
+            "dropout": dropout, "label_drop": label_drop, "ratios": ratios,
             "augment": augment and asdict(augment), "augmented_copies": augmented_copies,
             "seed": seed, "eval_every": eval_every, "data": dataset.fingerprint(),
         }  # fmt: skip
@@ -335,25 +339,25 @@ def train_arinar(
     return fit.result(Path(out), finished)
 
 
-def train_demo(name: str, out: str | Path, **changes: Any) -> TrainResult:
+def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **changes: Any) -> TrainResult:
     """Train a demo model ("digits", "digits-causal") or its autoencoder ("digits-vae") as the shipped one was.
 
-    ``changes`` are keyword arguments of :func:`train_vae` or :func:`train_arinar` that differ from the recipe. A
-    finished model is judged on 1,000 samples at its default settings, and the result stored in the file's metadata.
+    ``changes`` are keyword arguments of :func:`train_vae` or :func:`train_arinar` that differ from the defaults. A
+    finished model is judged on ``judged_samples`` samples at its default settings (0: not at all), and the result
+    stored in the file's metadata.
     """
-    if name not in RECIPES:
-        raise ValueError(f"no demo model {name!r}; choose one of {', '.join(RECIPES)}")
-    settings = RECIPES[name] | changes
+    if name not in DEMO_NAMES:
+        raise ValueError(f"no demo model {name!r}; choose one of {', '.join(DEMO_NAMES)}")
     if name.endswith("-vae"):
-        return train_vae(out, **({"config": name.removesuffix("-vae")} | settings))
-    result = train_arinar(out, **({"config": name} | settings))
-    if result.finished:
+        return train_vae(out, config=name.removesuffix("-vae"), **changes)
+    result = train_arinar(out, config=name, **changes)
+    if result.finished and judged_samples:
         model = load_arinar(out)
-        vae = _autoencoder(settings.get("vae"), model.config)
-        found = judge_samples(model, vae)
+        vae = _autoencoder(changes.get("vae"), model.config)
+        found = judge_samples(model, vae, count=judged_samples)
         metadata = {
-            "data": DIGITS, "command": f"arinar train --config {name} --data {DIGITS}",
-            "seed": str(settings.get("seed", 0)), "steps": str(result.step), "best_step": str(result.best_step),
+            "data": DIGITS, "command": f"arinar train model --config {name}",
+            "seed": str(changes.get("seed", 0)), "steps": str(result.step), "best_step": str(result.best_step),
             "agreement": f"{found.agreement:.4f}", "diversity": f"{found.diversity:.4f}",
             "novelty": f"{found.novelty:.4f}", "judged_samples": str(found.images),
         }  # fmt: skip
@@ -450,13 +454,17 @@ def encode_copies(vae: AutoencoderKL, images: Tensor, augment: Augment | None, c
     for index in range(1 + (copies if augment is not None else 0)):
         generator = torch.Generator().manual_seed(_seed(seed, "augment", index))
         parts = []
-        for part in torch.split(images, EVAL_BATCH):
+        for part in torch.split(images, _eval_images(images.shape[-1])):
             pixels = to_float(part)
             if index and augment is not None:
                 pixels = augment(pixels, generator)
             parts.append(vae.encode(pixels.to(device)).float().cpu())
         found.append(torch.cat(parts) if parts else torch.zeros(0, 2 * vae.config.embed_dim, 1, 1))
     return torch.stack(found)
+
+
+def _eval_images(img_size: int) -> int:
+    return max(1, EVAL_PIXELS // img_size**2)
 
 
 def latent_statistics(moments: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -708,7 +716,7 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
 
     def restore() -> None:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def note(number: int, frame: object) -> None:
         asked.set()

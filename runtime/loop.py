@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arinar.config import ArinarConfig
+from arinar.mixture_law import NUM_UNIFORMS
 from arinar.schedule import Step
 
 from .backend import Array, Backend
 from .bundle import BundleError, GraphInfo
 from .cache import KVCache
-from .gmm import NUM_UNIFORMS
 from .noise import Noise
 
 INNER_MODES = ("fused", "stepwise")
@@ -99,7 +99,8 @@ OUTER_INPUTS = {
 def check_graphs(graphs: dict[str, GraphInfo], config: ArinarConfig) -> None:
     """Raise BundleError where the graphs are not those of the model that the config describes."""
     needed = ["outer_step", "inner_condition", "inner_step", "inner_token", "inner_token_guided", "vae_decoder"]
-    needed += ["mixture_sample", "mixture_sample_guided", "tokens_to_latents"] + (["outer_prefill"] if config.outer == "causal" else [])
+    needed += ["mixture_sample", "mixture_sample_guided", "tokens_to_latents"]
+    needed += ["outer_prefill"] if config.outer == "causal" else []
     outer = graphs.get("outer_step")
     if outer is not None:
         names = [t.name for t in outer.inputs if not t.name.startswith("past_key_values.")]

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import ArinarConfig
-
-from .gmm import NUM_UNIFORMS
+from arinar.mixture_law import NUM_UNIFORMS
 
 MAX_SEED = 2**64 - 1
 

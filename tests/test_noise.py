@@ -20,7 +20,7 @@ def test_an_images_noise_depends_on_seed_and_index_alone() -> None:
 def test_noise_is_well_formed_and_uniform() -> None:
     noise = Noise.from_seed(0, range(64), CONFIG)
     noise.check(64, CONFIG)
-    assert noise.uniforms.dtype == np.float32 and 0 <= noise.uniforms.min() and noise.uniforms.max() < 1
+    assert noise.uniforms.dtype == np.float32 and noise.uniforms.min() >= 0 and noise.uniforms.max() < 1
     counts, _ = np.histogram(noise.uniforms, 10, (0, 1))
     expected = noise.uniforms.size / 10
     assert ((counts - expected) ** 2 / expected).sum() < 28  # chi-square, 9 degrees of freedom, p = 0.001

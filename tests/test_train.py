@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from arinar import train
-from arinar.config import ArinarConfig, VaeConfig
+from arinar.checkpoint import inspect_checkpoint, load_arinar
+from arinar.config import VAE_PRESETS, ArinarConfig, VaeConfig
 from arinar.data import Augment, Dataset, ImageSet
 from arinar.model import Arinar, initialize, normalize, patchify
 from arinar.train import Optimization, TrainResult, train_arinar, train_vae
@@ -166,8 +167,6 @@ def test_damaged_state_is_refused(data: Dataset, vae: AutoencoderKL, tmp_path: P
 def test_loss_falls_and_the_best_average_is_kept(
     config: ArinarConfig, data: Dataset, vae: AutoencoderKL, tmp_path: Path
 ) -> None:
-    from arinar.checkpoint import load_arinar
-
     result = _arinar(
         tmp_path / "a", data, vae, config=config, steps=80, batch_size=22, dropout=0.0, eval_every=10,
         learning_rate=1e-2, schedule="constant", augment=None,
@@ -291,6 +290,21 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _arinar(tmp_path / "a", data, vae, **changes)
+
+
+def test_demo_recipes_start_from_their_names(tmp_path: Path, vae: AutoencoderKL) -> None:
+    with pytest.raises(ValueError, match="no demo model 'cats'; choose one of digits-vae, digits, digits-causal"):
+        train.train_demo("cats", tmp_path / "a")
+    torch.manual_seed(0)
+    coder = AutoencoderKL(VAE_PRESETS["digits"])
+    result = train.train_demo(
+        "digits", tmp_path / "a", vae=coder, steps=1, batch_size=2, augmented_copies=0, judged_samples=10,
+        eval_every=5, progress=False, device="cpu",
+    )  # fmt: skip
+    assert result.finished
+    metadata = inspect_checkpoint(tmp_path / "a").metadata
+    assert metadata["command"] == "arinar train model --config digits"
+    assert metadata["judged_samples"] == "10" and 0 <= float(metadata["agreement"]) <= 1
 
 
 def test_diverging_loss_is_reported(data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:

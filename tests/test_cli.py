@@ -1,0 +1,133 @@
+"""The command: what a user types, what comes back, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from arinar.cli import main, parse_labels
+from arinar.runtime.images import read_metadata
+
+
+def arinar(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def fails(result: Result, code: int, *words: str) -> None:
+    """One line on standard error, with these words in it, and this exit code."""
+    assert result.exit_code == code, result.output
+    message = [line for line in result.stderr.strip().splitlines() if "rror" in line]
+    assert len(message) == 1 and "Traceback" not in result.output, result.output
+    for word in words:
+        assert word in message[0], message[0]
+
+
+def test_labels() -> None:
+    assert parse_labels("207,360") == [207, 360]
+    assert parse_labels("0-3, 7,5-5") == [0, 1, 2, 3, 7, 5]
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "init", "export", "generate", "parity", "inspect"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = arinar(command, "--help")
+    assert result.exit_code == 0 and "Example:  arinar" in result.output
+
+
+def test_generate_writes_numbered_files_with_metadata_and_a_grid(digits_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = arinar("generate", digits_bundle, "--labels", "3,5", "--per-label", 2, "-o", out, "--grid", "--seed", 4, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["labels"] == [3, 3, 5, 5] and report["made"] == 4 and report["timings"]["total"] > 0
+    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
+    metadata = read_metadata(out / "000002.png")
+    assert metadata is not None and metadata["label"] == 5 and metadata["seed"] == 4 and metadata["index"] == 2
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
+
+
+def test_generate_resumes_and_refuses_files_made_otherwise(digits_bundle: Path, tmp_path: Path) -> None:
+    words = ("generate", digits_bundle, "--labels", "0-5", "-o", tmp_path, "--batch-size", 2)
+    assert arinar(*words).exit_code == 0
+    first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "000003.png").unlink()
+    (tmp_path / "000004.png").write_bytes(first["000004.png"][:100])  # half written by something else
+    fails(arinar(*words), 2, "000004.png", "other settings", "--overwrite")
+    (tmp_path / "000004.png").unlink()
+    result = arinar(*words)
+    assert result.exit_code == 0 and "4 of 6 images are already" in result.output
+    again = {p.name: np.asarray(Image.open(p)).astype(int) for p in tmp_path.iterdir()}
+    assert again.keys() == first.keys()
+    reference = tmp_path.parent / "reference"
+    assert arinar(*words[:4], "-o", reference, "--batch-size", 2).exit_code == 0
+    for name, pixels in again.items():
+        assert np.abs(pixels - np.asarray(Image.open(reference / name)).astype(int)).max() <= 1
+    fails(arinar(*words, "--seed", 1), 2, "000000.png", "other settings")
+    assert arinar(*words, "--seed", 1, "--overwrite").exit_code == 0
+    assert (tmp_path / "000000.png").read_bytes() != first["000000.png"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(digits_bundle: Path, tmp_path: Path) -> None:
+    generate = ("generate", digits_bundle, "-o", tmp_path / "x")
+    fails(arinar(*generate, "--labels", "10"), 2, "label 10 is out of range", "0..9")
+    fails(arinar(*generate, "--labels", "3", "--guidance-scale", 0.5), 2, "guidance_scale is 0.5", "at least 1")
+    fails(arinar(*generate, "--labels", "3", "--guidance-scale", "nan"), 2, "guidance_scale is nan")
+    fails(arinar(*generate, "--labels", "3", "--temperature", 0), 2, "temperature is 0.0", "above 0")
+    fails(arinar(*generate, "--labels", "3", "--num-iter", 0), 2, "num_iter is 0", "1 to 16")
+    fails(arinar(*generate, "--labels", "3", "--num-iter", 17), 2, "num_iter is 17")
+    fails(arinar(*generate, "--labels", "3", "--seed", -1), 2, "seed is -1")
+    fails(arinar(*generate, "--labels", "3", "--backend", "abacus"), 2, "abacus", "onnxruntime-cpu")
+    assert arinar(*generate, "--labels", "three").exit_code == 2
+    assert arinar(*generate, "--labels", "5-1").exit_code == 2
+    fails(arinar("generate", tmp_path / "none", "--labels", 1, "-o", tmp_path / "x"), 2, "is not a bundle")
+    (tmp_path / "file").write_text("x")
+    fails(arinar("generate", digits_bundle, "--labels", 1, "-o", tmp_path / "file" / "sub"), 2, "cannot write to")
+    fails(arinar("export", tmp_path / "no.pth", "--vae", "digits", "-o", tmp_path / "b"), 2, "no.pth")
+    fails(arinar("inspect", tmp_path / "file"), 2, "file")
+    fails(arinar("init", "--preset", "gigantic", "-o", tmp_path / "g"), 2, "gigantic", "base")
+    fails(arinar("train", "model", "--config", "gigantic", "-o", tmp_path / "g"), 2, "gigantic")
+
+
+def test_export_of_a_foreign_checkpoint_without_vae(golden: Path, tmp_path: Path) -> None:
+    result = arinar("export", golden / "tiny_masked" / "checkpoint-last.pth", "-o", tmp_path / "b")
+    fails(result, 2, "--vae is missing")
+
+
+def test_inspect_bundle_checkpoint_and_demo(digits_bundle: Path, tmp_path: Path) -> None:
+    text = arinar("inspect", digits_bundle)
+    assert text.exit_code == 0 and "all hashes match" in text.output and "outer_step" in text.output
+    assert json.loads(arinar("inspect", digits_bundle, "--json").stdout)["format_version"] == 1
+    info = json.loads(arinar("inspect", "digits", "--json").stdout)
+    assert info["kind"] == "arinar" and info["config"]["img_size"] == 32
+    copy = Path(shutil.copytree(digits_bundle, tmp_path / "b"))
+    (copy / "graphs" / "fp32" / "weights.data").write_bytes(b"0")
+    fails(arinar("inspect", copy), 2, "weights.data has 1 bytes")
+    assert arinar("inspect", copy, "--no-verify").exit_code == 0
+
+
+def test_init_lists_presets_and_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
+    assert "base" in arinar("init", "--list").output
+    assert arinar("init", "--preset", "digits", "-o", tmp_path / "m.safetensors").exit_code == 0
+    info = json.loads(arinar("inspect", tmp_path / "m.safetensors", "--json").stdout)
+    assert info["metadata"]["weights"] == "random, seed 0"
+
+
+def test_parity_passes_on_the_right_model_and_fails_on_another(digits_bundle: Path, tmp_path: Path) -> None:
+    good = arinar("parity", digits_bundle, "--checkpoint", "digits", "--labels", "0-9")
+    assert good.exit_code == 0 and "checks passed" in good.output, good.output
+    from arinar.checkpoint import load_arinar, save_arinar
+
+    model = load_arinar("digits")
+    model.arhead.head.bias.data[0] += 0.01
+    save_arinar(tmp_path / "other.safetensors", model)
+    bad = arinar("parity", digits_bundle, "--checkpoint", tmp_path / "other.safetensors", "--vae", "digits", "--json")
+    assert bad.exit_code == 1
+    report = json.loads(bad.stdout)
+    failed = {check["name"] for check in report["checks"] if not check["passed"]}
+    assert {"inner_step", "mu"} <= failed and not failed & {"outer_step", "z"}
