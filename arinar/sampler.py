@@ -58,6 +58,7 @@ def sample(
     num_iter: int | None = None,
     seed: int | None = None,
     noise: NoiseLike | None = None,
+    order: Tensor | None = None,
     forced: Tensor | None = None,
     record: Callable[[StepRecord], None] | None = None,
 ) -> Tensor:
@@ -73,6 +74,7 @@ def sample(
     seed : without ``noise``, draws are the published code's (1000 normal proposals per guided feature).
     noise : every random number, explicitly; draws then follow the deployed sampler (same law, a few uniforms per
         feature), so that a deployed pipeline given the same noise must produce the same tokens.
+    order : (B, L) int64, of a masked model without ``noise``: the generation order, from its end to its start.
     forced : (B, L, D) tokens to use instead of the drawn ones (teacher forcing).
     record : called after each outer step.
 
@@ -109,7 +111,7 @@ def sample(
         order = order.flip(1)
     elif noise is not None:
         order = torch.as_tensor(noise.order, device=device)
-    else:
+    elif order is None:
         order = torch.rand(batch, length, generator=generator).argsort(1).to(device)
 
     tokens = torch.zeros(batch, length, config.token_dim, dtype=dtype, device=device)

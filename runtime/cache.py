@@ -22,8 +22,8 @@ class KVCache:
         for tensor in graph.inputs:
             if not tensor.name.startswith("past_key_values."):
                 continue
-            _, heads, length, head_dim = tensor.shape
-            length = length if isinstance(length, int) else slots
+            _, heads, fixed, head_dim = tensor.shape
+            length = fixed if isinstance(fixed, int) else slots
             if length is None:
                 raise ValueError(f"graph {graph.name!r} does not fix its cache length; give slots")
             assert isinstance(heads, int) and isinstance(head_dim, int)

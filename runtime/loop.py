@@ -227,11 +227,11 @@ class Loop:
                     state.prefix[tensor.name] = backend.empty(shape, tensor.dtype)
         if self.inner == "stepwise":
             info = {tensor.name: tensor for tensor in self.graphs["inner_step"].inputs}
-            shape = tuple(d for d in info["modulation"].shape if isinstance(d, int))
+            modulation = tuple(d for d in info["modulation"].shape if isinstance(d, int))
             mixture = (rows, config.num_gaussians)
             state.inner = InnerState(
                 start=backend.empty((rows, config.inner_width), info["start"].dtype),
-                modulation=backend.empty((rows, *shape), info["modulation"].dtype),
+                modulation=backend.empty((rows, *modulation), info["modulation"].dtype),
                 mixture={name: backend.empty(mixture, "float32") for name in ("weight", "mu", "logvar")},
                 feature=backend.empty((rows, 1), "float32"),
                 positions=backend.upload(np.arange(features, dtype=np.int64)),
