@@ -35,7 +35,7 @@ setup(
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],
-        "gpu": ["onnxruntime-gpu>=1.22"],
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.22", "cuda-bindings>=12.6"],
         "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6"],
         "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6"],
         # What trains and exports.

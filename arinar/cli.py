@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -34,6 +35,8 @@ class ArinarGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):  # click's own way out (--help, Ctrl-C at a prompt); RuntimeErrors
+            raise
         except ModuleNotFoundError as error:
             extra = INSTALL_HINTS.get((error.name or "").split(".")[0])
             if extra is None:
@@ -91,7 +94,7 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-class Labels(click.ParamType):
+class Labels(click.ParamType):  # type: ignore[type-arg]
     name = "labels"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
@@ -114,10 +117,18 @@ SAMPLING = _options(
     click.option("--num-iter", type=int, help="Outer steps, 1 to the number of tokens. [default: the bundle's]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
 )  # fmt: skip
+
+
+def _no_cuda_graphs(ctx: click.Context, param: click.Parameter, off: bool) -> None:
+    if off:
+        os.environ["ARINAR_CUDA_GRAPHS"] = "0"  # what the GPU backends read where the caller does not say
+
+
 RUNTIME = _options(
-    click.option("--backend", help="Execution backend, e.g. onnxruntime-cpu. [default: the best available]"),
+    click.option("--backend", help="Execution backend: onnxruntime-cpu, onnxruntime-cuda, tensorrt. [default: the best available]"),
     click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]"),
+    click.option("--no-cuda-graphs", is_flag=True, expose_value=False, callback=_no_cuda_graphs, help="Launch every step anew on a GPU, instead of replaying a recording; slower, less memory."),
 )
 CHECKPOINT = _options(
     click.option("--no-ema", is_flag=True, help="Take the raw weights of a training checkpoint, not the averaged ones."),
@@ -319,23 +330,35 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
 @click.argument("checkpoint")
 @click.option("--vae", help="Autoencoder's checkpoint (e.g. kl16.ckpt). [default: the demo model's own]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write, or to add a precision to.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the transformer graphs.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the transformer graphs: fp32, fp16, int8 (for CPUs), int8-static or fp8 (for TensorRT).")
+@click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), help="What `arinar calibrate` wrote; int8-static and fp8 need it.")
+@click.option("--vae-precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the VAE graphs of an fp16 variant.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset; 20 suits every TensorRT from 10.0 on.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 @CHECKPOINT
 def export(
-    checkpoint: str, vae: str | None, out: Path, precision: str, opset: int, overwrite: bool, as_json: bool,
-    no_ema: bool, inner_heads: int | None,
+    checkpoint: str, vae: str | None, out: Path, precision: str, calibration: Path | None, vae_precision: str,
+    opset: int, overwrite: bool, as_json: bool, no_ema: bool, inner_heads: int | None,
 ) -> None:  # fmt: skip
     """Export a trained model and its VAE to a bundle of ONNX graphs, each proven against PyTorch.
 
-    CHECKPOINT is a published training checkpoint, a safetensors file, or a demo model's name.
+    CHECKPOINT is a published training checkpoint, a safetensors file, or a demo model's name. The 8-bit precisions are
+    made from the bundle's fp32 graphs (exported first where they are missing); for them CHECKPOINT may be a bundle too.
 
     \b
     Example:  arinar export checkpoint-last.pth --vae kl16.ckpt -o bundle/
               arinar export digits -o digits-bundle/
     """
+    from .quantization import SCHEMES
+
+    if precision in SCHEMES:
+        manifest = _export_quantized(checkpoint, vae, out, precision, calibration, opset, overwrite, no_ema, inner_heads)
+        if as_json:
+            click.echo(manifest.to_json(), nl=False)
+        return
+    if calibration is not None:
+        raise click.UsageError(f"--calibration is for {', '.join(SCHEMES)}; {precision} has no use for it")
     from arinar.export.bundle import export_bundle
 
     from .checkpoint import inspect_checkpoint
@@ -343,11 +366,99 @@ def export(
     model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
     info = inspect_checkpoint(checkpoint, ema=None if not no_ema else False, inner_heads=inner_heads)
     manifest = export_bundle(
-        model, autoencoder, out, precision=precision, opset=opset, overwrite=overwrite,
+        model, autoencoder, out, precision=precision, vae_precision=vae_precision, opset=opset, overwrite=overwrite,
         provenance=_provenance(checkpoint, vae, info), progress=_say,
     )  # fmt: skip
     if as_json:
         click.echo(manifest.to_json(), nl=False)
+
+
+def _export_quantized(
+    checkpoint: str, vae: str | None, out: Path, precision: str, calibration: Path | None, opset: int, overwrite: bool,
+    no_ema: bool, inner_heads: int | None,
+) -> Any:  # fmt: skip
+    from arinar.export.bundle import export_bundle
+    from arinar.export.quantize import check_weights, quantize_bundle
+    from arinar.runtime import Bundle
+
+    if Path(checkpoint).is_dir():
+        if not out.exists() or not out.samefile(checkpoint):
+            raise click.UsageError(f"a precision is added to the bundle itself: -o {checkpoint}")
+    else:
+        from .checkpoint import inspect_checkpoint
+
+        model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
+        if (out / "manifest.json").is_file() and "fp32" in Bundle.open(out).manifest.graphs:
+            check_weights(Bundle.open(out), model, autoencoder)
+        else:
+            info = inspect_checkpoint(checkpoint, ema=None if not no_ema else False, inner_heads=inner_heads)
+            provenance = _provenance(checkpoint, vae, info)
+            export_bundle(model, autoencoder, out, opset=opset, provenance=provenance, progress=_say)
+    return quantize_bundle(out, precision, calibration, overwrite=overwrite, progress=_say)
+
+
+# ------------------------------------------------------------------------------------------------ calibrate
+
+
+@main.command()
+@click.argument("model")
+@click.option("--vae", help="Autoencoder's checkpoint, where MODEL is one. [default: the demo model's own]")
+@click.option("--num-images", type=int, default=64, show_default=True, help="Trajectories to record.")
+@click.option("--labels", type=Labels(), help="Classes of those images, in turn. [default: all]")
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="JSON file to write; recorded inputs go into an .npz beside it.")
+@click.option("--precision", "precisions", multiple=True, help="Search a map for this 8-bit precision only; may be repeated. [default: all]")
+@click.option("--budget-kl", type=float, default=1e-3, show_default=True, help="Mean divergence per feature that a precision map may cost, in nats.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time; bounds the memory.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was chosen, as JSON.")
+@SAMPLING
+@CHECKPOINT
+def calibrate(
+    model: str, vae: str | None, num_images: int, labels: list[int] | None, out: Path, precisions: tuple[str, ...],
+    budget_kl: float, batch_size: int, threads: int | None, as_json: bool, no_ema: bool, inner_heads: int | None,
+    **sampling: Any,
+) -> None:  # fmt: skip
+    """Measure what the layers see while the model generates, and find out which of them bear 8 bits.
+
+    MODEL is a bundle with fp32 graphs, or a checkpoint, which is exported for the occasion. Ctrl-C leaves what was
+    recorded; the same command goes on from there.
+
+    \b
+    Example:  arinar calibrate bundle/ --num-images 256 --out calib.json
+              arinar export bundle/ -o bundle/ --precision int8-static --calibration calib.json
+    """
+    import contextlib
+    import tempfile
+
+    from arinar.calibration.precision import calibrate as run
+
+    from .quantization import SCHEMES
+
+    chosen = {name: value for name, value in sampling.items() if value is not None}
+    with contextlib.ExitStack() as stack:
+        bundle = Path(model)
+        if not bundle.is_dir():
+            from arinar.export.bundle import export_bundle
+
+            trained, autoencoder = _load_models(model, vae, no_ema, inner_heads)
+            bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arinar-"))) / "bundle"
+            export_bundle(trained, autoencoder, bundle, progress=_say)
+        result = run(
+            bundle, out, num_images=num_images, labels=labels, budget_kl=budget_kl, precisions=precisions or tuple(SCHEMES),
+            batch_size=batch_size, threads=threads, progress=_say, **chosen,
+        )  # fmt: skip
+    if as_json:
+        _json(result["maps"])
+        return
+    largest = result["activations"]["largest"]
+    safe = "room enough for fp16" if result["activations"]["fp16_safe"] else "TOO LARGE for fp16"
+    click.echo(f"largest activation: {largest['value']:g} ({largest['tensor']} of {largest['graph']}, step {largest['step']}): {safe}")
+    for precision, found in result["maps"].items():
+        click.echo(
+            f"{precision}: {len(found['quantized'])} layers quantised, ranges by {found['method']}; KL {found['kl']:.2e}, "
+            f"weights {found['bytes'] / 1e6:.1f} MB instead of {found['bytes_fp32'] / 1e6:.1f} MB; in fp32: {', '.join(found['fp32'])}"
+        )
+    click.echo(f"{out} written")
 
 
 # ------------------------------------------------------------------------------------------------- generate
@@ -382,7 +493,7 @@ def generate(
     from arinar.runtime.images import contact_sheet, save_png
     from arinar.runtime.worklist import Worklist
 
-    options = {} if threads is None else {"threads": threads}
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
     pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
     wanted = [label for label in labels for _ in range(per_label)]
     work = Worklist(pipeline, wanted, out, seed=seed, batch_size=batch_size, overwrite=overwrite, **sampling)
@@ -413,41 +524,171 @@ def generate(
 @click.option("--checkpoint", required=True, help="The trained model that the bundle should be (file or demo name).")
 @click.option("--vae", help="Its autoencoder. [default: the demo model's own]")
 @click.option("--labels", type=Labels(), default="0-7", show_default=True, help="Classes of the compared images.")
+@click.option("--distribution", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Also compare the distributions of N images of each.")
+@click.option("--features", default="builtin", show_default=True, help="What distributions are compared by: builtin, inception (needs torch-fidelity), or your own module:function.")
+@click.option("--fid-stats", type=click.Path(path_type=Path, dir_okay=False), help="Statistics of a reference set (.npz with mu and sigma), made with the same features.")
+@click.option("--threshold", "limits", multiple=True, metavar="NAME=VALUE", help="Override a limit, e.g. z=1e-3; may be repeated.")
+@click.option("--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained HTML report here.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
 @SAMPLING
 @RUNTIME
 @CHECKPOINT
 def parity(
-    bundle: Path, checkpoint: str, vae: str | None, labels: list[int], as_json: bool, backend: str | None,
+    bundle: Path, checkpoint: str, vae: str | None, labels: list[int], distribution: int, features: str,
+    fid_stats: Path | None, limits: tuple[str, ...], report_file: Path | None, as_json: bool, backend: str | None,
     precision: str | None, threads: int | None, no_ema: bool, inner_heads: int | None, cfg_schedule: str | None,
     guidance_scale: float | None, temperature: float | None, num_iter: int | None, seed: int,
 ) -> None:  # fmt: skip
     """Is the deployed bundle still the trained model? Exits with 1 when a check fails.
 
-    Three levels: each graph alone; along the PyTorch trajectory, step by step; and both on their own from the same
-    noise.
+    Four levels: each graph alone; along the PyTorch trajectory, step by step; both on their own from the same noise;
+    and (--distribution) the law of many images, beside what two PyTorch runs differ.
 
     \b
     Example:  arinar parity bundle/ --checkpoint checkpoint-last.pth --vae kl16.ckpt --labels 207 --num-iter 16
-              arinar parity digits-bundle/ --checkpoint digits
+              arinar parity digits-bundle/ --checkpoint digits --distribution 500 --report report.html
     """
-    from arinar.export.parity import run_parity
+    from arinar.export.parity import parse_thresholds, run_parity
     from arinar.runtime import Pipeline
 
-    options = {} if threads is None else {"threads": threads}
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
     pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    thresholds = parse_thresholds(limits, pipeline.precision)
+    if fid_stats is not None and not distribution:
+        raise click.UsageError("--fid-stats is compared by --distribution N: say how many images")
     model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
     report = run_parity(
         pipeline, model, autoencoder, labels=labels, guidance_scale=guidance_scale, num_iter=num_iter,
         temperature=1.0 if temperature is None else temperature, cfg_schedule=cfg_schedule or "linear", seed=seed,
+        thresholds=thresholds, distribution=distribution, features=features, fid_stats=fid_stats,
         progress=_quiet if as_json else _say,
     )  # fmt: skip
+    if report_file is not None:
+        from arinar.export.report import write_report
+
+        write_report(report, report_file)
     if as_json:
         _json(report.to_dict())
     else:
         click.echo(report.table())
     if not report.passed:
         sys.exit(FAILED)
+
+
+# ---------------------------------------------------------------------------------------------------- build
+
+
+class Batch(click.ParamType):  # type: ignore[type-arg]
+    name = "MIN:OPT:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+):(\d+):(\d+)", value)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= int(match[3]):
+            self.fail(f"{value!r} is not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX; write for example 1:8:64", param, ctx)
+        return int(match[1]), int(match[2]), int(match[3])
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True, help="Library that builds, and later runs, the engines.")
+@click.option("--precision", help="Variant of the bundle. [default: fp16, or the only one]")
+@click.option("--batch", type=Batch(), default=(1, 8, 64), show_default="1:8:64", help="Least, usual and largest number of images at a time.")
+@click.option("--min-num-iter", type=click.IntRange(min=1), help="Fewest outer steps to serve. [default: a quarter of the bundle's default]")
+@click.option("--graph", "graphs", multiple=True, help="Build only this graph; may be repeated. [default: all that generation runs]")
+@click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory of an engine, in MiB. [default: what the device has]")
+@click.option("--opt-level", type=click.IntRange(0, 5), help="Effort of the builder: 0 builds fast, 5 runs fast. [default: the library's]")
+@click.option("--timing-cache", type=click.Path(path_type=Path, file_okay=False), help="Folder that keeps the builder's measurements: later builds are faster and choose alike.")
+@click.option("--version-compatible", is_flag=True, help="Engines that later versions of the library run too; larger and slower.")
+@click.option("--compute-capability", help="GPUs to build for, e.g. 8.9,12.0 (tensorrt-rtx). [default: this GPU; tensorrt-rtx: all from 8.0 on]")
+@click.option("--timeout", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds for one graph.")
+@click.option("--rebuild", is_flag=True, help="Build also what has not changed.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be built.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or the result, as JSON.")
+def build(
+    bundle: Path, backend: str, precision: str | None, batch: tuple[int, int, int], min_num_iter: int | None,
+    graphs: tuple[str, ...], workspace: int | None, opt_level: int | None, timing_cache: Path | None,
+    version_compatible: bool, compute_capability: str | None, timeout: float, rebuild: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Build TensorRT engines from a bundle's graphs, into the bundle. Exits with 1 when one could not be built.
+
+    What has not changed since the last build is kept. Engines for several GPUs, versions and precisions lie side by
+    side; the runtime takes those that fit. Each graph is built in a process of its own.
+
+    \b
+    Example:  arinar build bundle/ --batch 1:8:64
+              arinar build digits-bundle/ --backend tensorrt-rtx --precision fp32 --dry-run
+    """
+    from arinar.export.engine import build_engines
+    from arinar.runtime.engines import MODULES
+
+    outcomes = build_engines(
+        bundle, module=MODULES[backend], precision=precision, graphs=graphs or None, batch=batch,
+        min_num_iter=min_num_iter, workspace=None if workspace is None else workspace << 20,
+        optimization_level=opt_level, timing_cache=timing_cache, version_compatible=version_compatible,
+        compute_capability=[item.strip() for item in (compute_capability or "").split(",") if item.strip()],
+        timeout=timeout, rebuild=rebuild, dry_run=dry_run, progress=_quiet if as_json else _say,
+    )  # fmt: skip
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if as_json:
+        _json([outcome.to_dict() for outcome in outcomes])
+    elif dry_run:
+        for outcome in outcomes:
+            click.echo(f"{outcome.graph}: {outcome.state}, {outcome.path}")
+            for name, (low, usual, high) in outcome.info.profiles.items():
+                click.echo(f"  {name}: {low} .. {usual} .. {high}")
+    else:
+        size = sum(outcome.info.size for outcome in outcomes if outcome.state != "failed")
+        states = ", ".join(f"{sum(o.state == s for o in outcomes)} {s}" for s in ("built", "reused", "failed"))
+        click.echo(f"{outcomes[0].path.parent if outcomes else bundle}: {states}, {size / 1e6:.1f} MB")
+        for outcome in failed:
+            click.echo(f"FAILED {outcome.graph}: {outcome.error}", err=True)
+    if failed:
+        sys.exit(FAILED)
+
+
+# ---------------------------------------------------------------------------------------------------- bench
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--batch", "batches", default="1,4", show_default=True, type=Labels(), help="Batch sizes.")
+@click.option("--num-iter", "num_iters", type=Labels(), help="Numbers of outer steps. [default: the bundle's]")
+@click.option("--guidance-scale", type=float, help="[default: the bundle's]")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds; medians are reported.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write the numbers to this JSON file.")
+@click.option("--against", type=click.Path(path_type=Path, exists=True), help="JSON file of an earlier run to compare with.")
+@click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
+@RUNTIME
+def bench(
+    bundle: Path, batches: list[int], num_iters: list[int] | None, guidance_scale: float | None, repeats: int,
+    out: Path | None, against: Path | None, as_json: bool, backend: str | None, precision: str | None, threads: int | None,
+) -> None:  # fmt: skip
+    """How fast is a bundle on this machine? Time by phase, memory, cold start, share of the machine's GEMM peak.
+
+    \b
+    Example:  arinar bench bundle/ --batch 1,4 --num-iter 64 -o today.json
+              arinar bench bundle/ --batch 1,4 --num-iter 64 --against yesterday.json
+    """
+    from arinar.runtime import Pipeline
+    from arinar.runtime import bench as benchmark
+
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    report = benchmark.bench(
+        pipeline, batches=batches, num_iters=num_iters, guidance_scale=guidance_scale, repeats=repeats,
+        progress=_quiet if as_json else _say,
+    )  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if as_json:
+        _json(report)
+        return
+    click.echo(benchmark.table(report))
+    if against is not None:
+        click.echo(benchmark.compare(json.loads(against.read_text(encoding="utf-8")), report))
 
 
 # -------------------------------------------------------------------------------------------------- inspect

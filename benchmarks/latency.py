@@ -140,7 +140,8 @@ def main(
             + f"; {result['share_of_gemm_peak']:.0%} of the measured GEMM peak"
         )
     report = {
-        "machine": machine() | {"torch_threads": torch.get_num_threads()}, "gemm_peak_gflops": peak / 1e9, "precision": pipeline.precision,
+        "machine": machine() | {"torch_threads": torch.get_num_threads()},
+        "gemm_peak_gflops": peak / 1e9, "precision": pipeline.precision,
         "backend": pipeline.backend.name, "results": results,
         "peak_memory_gb": peak_memory(),
     }  # fmt: skip

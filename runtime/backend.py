@@ -6,6 +6,9 @@ the loop handles buffers only by slicing their first axis and reshaping, which n
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, Protocol
@@ -69,22 +72,23 @@ class Backend(Protocol):
 def onnxruntime_distribution() -> str | None:
     """Which ONNX Runtime package is installed: "onnxruntime", "onnxruntime-gpu" or None.
 
-    Raises BundleError where both are: they overwrite each other's files, and which one answers is chance.
+    Raises BundleError where both are, in one folder: they overwrite each other's files, and which one answers is
+    chance. In different folders, the one that comes first on the path answers.
     """
-    found = []
+    found: dict[str, str] = {}
     for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            metadata.version(name)
-            found.append(name)
-        except metadata.PackageNotFoundError:
-            pass
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = os.path.realpath(str(metadata.distribution(name).locate_file("")))
     if len(found) > 1:
-        raise BundleError(
-            "onnxruntime and onnxruntime-gpu are both installed; they overwrite each other's files. Uninstall both, "
-            "then install one: `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install arinar[cpu]` or "
-            "`pip install arinar[gpu]`"
-        )
-    return found[0] if found else None
+        if len(set(found.values())) == 1:
+            raise BundleError(
+                "onnxruntime and onnxruntime-gpu are both installed; they overwrite each other's files. Uninstall both, "
+                "then install one: `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install arinar[cpu]` or "
+                "`pip install arinar[gpu]`"
+            )
+        path = [os.path.realpath(folder or ".") for folder in sys.path]
+        return min(found, key=lambda name: path.index(found[name]) if found[name] in path else len(path))
+    return next(iter(found), None)
 
 
 def _open_cpu(bundle: Bundle, precision: str, options: Mapping[str, Any]) -> Backend:
@@ -93,23 +97,74 @@ def _open_cpu(bundle: Bundle, precision: str, options: Mapping[str, Any]) -> Bac
     return OnnxRuntimeCpu(bundle, precision, **options)
 
 
+def _open_cuda(bundle: Bundle, precision: str, options: Mapping[str, Any]) -> Backend:
+    from .onnxruntime_cuda_backend import OnnxRuntimeCuda
+
+    return OnnxRuntimeCuda(bundle, precision, **options)
+
+
+def _open_tensorrt(bundle: Bundle, precision: str, options: Mapping[str, Any]) -> Backend:
+    from .tensorrt_backend import TensorRt
+
+    return TensorRt(bundle, precision, **options)
+
+
 #: Backend name -> how to open it.
 BACKENDS: dict[str, Callable[[Bundle, str, Mapping[str, Any]], Backend]] = {
     "onnxruntime-cpu": _open_cpu,
+    "onnxruntime-cuda": _open_cuda,
+    "tensorrt": _open_tensorrt,
+}
+#: Backend name -> the options that `Pipeline.load` passes on to it.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "onnxruntime-cpu": ("threads",),
+    "onnxruntime-cuda": ("cuda_graphs", "tf32", "wait", "device", "log_severity", "cuda"),
+    "tensorrt": ("module", "cuda_graphs", "device", "cuda"),
 }
 
 
-def choose_backend(bundle: Bundle) -> str:
-    """The best backend that this machine and bundle offer."""
-    return "onnxruntime-cpu"
+def choose_backend(bundle: Bundle, precision: str) -> str:
+    """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else the CPU.
+
+    Never raises: what is missing or broken is passed over. Ask for a backend by name to learn why it was.
+    """
+    try:
+        from .cuda import device_info, load_runtime
+
+        capability = device_info(load_runtime()).compute_capability
+    except Exception:  # no driver, no GPU, no cuda-bindings, or a broken one
+        return "onnxruntime-cpu"
+    try:
+        from .tensorrt_backend import choose_module
+
+        choose_module(bundle, precision, capability)
+        return "tensorrt"
+    except Exception:  # no library, no engine, or a broken one
+        pass
+    try:
+        from .onnxruntime_cuda_backend import load_onnxruntime
+
+        load_onnxruntime()
+        return "onnxruntime-cuda"
+    except Exception:  # as above
+        return "onnxruntime-cpu"
 
 
 def open_backend(bundle: Bundle, name: str | None, precision: str, **options: Any) -> Backend:
-    """Open a backend by name (None: the best available). Raises BundleError for an unknown name."""
-    name = name or choose_backend(bundle)
-    if name not in BACKENDS:
-        raise BundleError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
-    return BACKENDS[name](bundle, precision, options)
+    """Open a backend by name (None: the best available).
+
+    Options of other backends are an error with a named backend, and are left out where it was chosen here. Raises
+    BundleError for an unknown name, a backend that cannot run here, or an option that it does not have.
+    """
+    chosen = name or choose_backend(bundle, precision)
+    if chosen not in BACKENDS:
+        raise BundleError(f"backend is {chosen!r}; choose one of {', '.join(BACKENDS)}")
+    foreign = [option for option in options if option not in OPTIONS[chosen]]
+    for option in foreign:
+        if name is not None or not any(option in known for known in OPTIONS.values()):
+            raise BundleError(f"backend {chosen} has no option {option!r}; it has {', '.join(OPTIONS[chosen])}")
+        del options[option]
+    return BACKENDS[chosen](bundle, precision, options)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

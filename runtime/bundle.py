@@ -18,7 +18,7 @@ from arinar.config import ArinarConfig
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "fp8")
 
 
 class BundleError(ValueError):

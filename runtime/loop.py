@@ -172,8 +172,11 @@ class Loop:
             with self.timed("vae"):
                 self.decode(state)
 
+        start = time.perf_counter()
         self.backend.execute((self.inner, state.batch, state.branches, state.num_iter), steps)
         made = Made(*(self.backend.download(buffer).copy() for buffer in (state.raster, state.latents, state.images)))
+        if not self.backend.synchronous:
+            self._add_time("device", start)
         for name, value in (("inner_token", made.tokens), ("vae_decoder", made.latents)):
             if not np.isfinite(value).all():
                 raise FloatingPointError(f"graph {name!r} or one before it made values that are not finite")
@@ -367,6 +370,11 @@ class Loop:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Count the time of a phase; where launches only enqueue, it would be that of the enqueueing: left out."""
         start = time.perf_counter()
         yield
+        if self.backend.synchronous:
+            self._add_time(phase, start)
+
+    def _add_time(self, phase: str, start: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

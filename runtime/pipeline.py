@@ -41,7 +41,8 @@ class Generation:
 
     images : PIL images, RGB. tokens : (B, L, D) float32, raster order, as the model made them.
     latents : (B, channels, h, w) float32, what the VAE decoded. timings : seconds by phase (``outer``, ``inner``,
-    ``vae``, ``total``) over the whole call. seed, labels : what was asked for.
+    ``vae``, ``total``; on a GPU, where they are not apart, ``device`` and ``total``) over the whole call.
+    seed, labels : what was asked for.
     """
 
     images: list[Image.Image]
@@ -75,11 +76,11 @@ class Pipeline:
         Parameters
         ----------
         path : the bundle's folder.
-        backend : "onnxruntime-cpu", or None for the best available.
+        backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", or None for the best available.
         precision : which of the bundle's variants; None means fp32, or the only one.
         inner : "fused" (one graph for all features of a token) or "stepwise" (a graph per feature, KV cache outside).
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
-        options : of the backend, e.g. ``threads``.
+        options : of the backend, e.g. ``threads`` on the CPU, ``cuda_graphs`` on a GPU (see the backends' classes).
 
         Raises BundleError (a ValueError) where the bundle is damaged or cannot run here; the message tells the remedy.
         """

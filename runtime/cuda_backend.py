@@ -1,0 +1,282 @@
+"""What the two GPU backends share: buffers in device memory, and the recording of launches in CUDA graphs.
+
+Between the uploads before a micro-batch and the downloads after it, nothing is copied between host and device and
+nothing waits: `execute` only enqueues work on one stream.
+
+CUDA graphs. The first time that a sequence of launches is executed, it simply runs: libraries load their kernels,
+allocate, and settle on shapes and addresses. The second time it is captured, and replayed from then on. A launch in
+a captured sequence finds its inputs and outputs at fixed addresses: those of the loop's buffers, or of a staging buffer
+where the loop's address differs from launch to launch or is not aligned.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .backend import Array
+from .bundle import Bundle, BundleError, GraphInfo
+from .cuda import Cuda, CudaError, DeviceBuffer
+
+#: Launches recorded in one CUDA graph; longer sequences become several graphs, replayed in order. A launch is some
+#: hundred kernels, and graphs of many ten thousand nodes are slow to make and to upload.
+LAUNCHES_PER_GRAPH = 64
+#: TensorRT asks for it of every address, and kernels that read vectors rely on it.
+ALIGNMENT = 256
+
+CUDA_GRAPHS_VARIABLE = "ARINAR_CUDA_GRAPHS"
+
+
+def cuda_graphs_wanted(value: bool | None, default: bool) -> bool:
+    """The switch: what the caller says, else the environment variable ARINAR_CUDA_GRAPHS (0 or 1), else the default."""
+    if value is not None:
+        return value
+    text = os.environ.get(CUDA_GRAPHS_VARIABLE, "")
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{CUDA_GRAPHS_VARIABLE} is {text!r}; expected 0 or 1")
+    return text == "1" if text else default
+
+
+@dataclass
+class Binding:
+    """Where the tensors of a launch are.
+
+    ``prepared`` is what the library holds for it: an execution context, an I/O binding. ``addresses`` are what the
+    library has been told.
+    """
+
+    prepared: Any = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+    staged: set[str] = field(default_factory=set)
+    keep: dict[str, Any] = field(default_factory=dict)  # memory whose address is in use
+
+
+@dataclass
+class Recording:
+    """One key of `execute`: how often it has run, what it is bound to, the graphs that replay it."""
+
+    capture: bool
+    runs: int = 0
+    graphs: list[Any] = field(default_factory=list)
+    bindings: dict[Any, Binding] = field(default_factory=dict)
+
+
+class CudaBackend:
+    """Base of the GPU backends. A subclass says how one graph is bound and run: `_bind`, `_run`.
+
+    Parameters
+    ----------
+    device : index of the GPU.
+    cuda_graphs : record sequences of launches and replay them.
+    cuda : the device, for tests.
+    """
+
+    name = "cuda"
+    synchronous = False
+
+    def __init__(
+        self, bundle: Bundle, precision: str, *, cuda_graphs: bool, device: int = 0, cuda: Cuda | None = None
+    ) -> None:
+        self.cuda = cuda if cuda is not None else Cuda(device)
+        self.cuda_graphs = cuda_graphs
+        self._bundle, self._precision = bundle, precision
+        self._graphs: dict[str, GraphInfo] = bundle.manifest.precision_graphs(precision)
+        self._sequences: dict[tuple[Any, ...], Recording] = {}
+        self._current: Recording | None = None
+        self._captured_launches = 0
+        self._loose: dict[Any, Binding] = {}  # of launches outside a recorded sequence
+        self._pools: dict[tuple[str, int], DeviceBuffer] = {}
+        # Stands for tensors without elements: libraries want an address all the same.
+        self._nothing = self.cuda.empty((ALIGNMENT,), "uint8")
+        weakref.finalize(self, _destroy_graphs, self.cuda, self._sequences)
+
+    # Of a subclass.
+
+    def prepare(self, *graphs: str) -> None:
+        raise NotImplementedError
+
+    def _aliases(self, graph: str) -> Mapping[str, str]:
+        """Outputs that the library writes in place of an input: output name -> input name."""
+        return {}
+
+    def _bind(self, graph: str, binding: Binding, buffers: Mapping[str, DeviceBuffer], addresses: dict[str, int]) -> None:
+        """Bring what the library holds in line with these shapes and addresses."""
+        raise NotImplementedError
+
+    def _run(self, graph: str, binding: Binding) -> None:
+        """Enqueue the graph on the stream."""
+        raise NotImplementedError
+
+    # Memory.
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        self.cuda.activate()
+        buffer = self.cuda.empty(tuple(shape), dtype)
+        self.cuda.clear(buffer)
+        return buffer
+
+    def upload(self, array: Array) -> DeviceBuffer:
+        self.cuda.activate()
+        buffer = self.cuda.empty(array.shape, array.dtype)
+        self.cuda.upload(array, buffer)
+        return buffer
+
+    def write(self, buffer: DeviceBuffer, array: Array) -> None:
+        self.cuda.upload(array, buffer)
+
+    def download(self, buffer: DeviceBuffer) -> Array:
+        return self.cuda.download(buffer)
+
+    def copy(self, source: DeviceBuffer, target: DeviceBuffer) -> None:
+        if source.nbytes != target.nbytes:
+            raise ValueError(f"copy of {source.nbytes} bytes to a buffer of {target.nbytes}")
+        self.cuda.copy(source.pointer, target.pointer, source.nbytes)
+
+    def write_slots(self, rows: DeviceBuffer, target: DeviceBuffer, slot: int) -> None:
+        """rows (N, H, count, d) -> target[:, :, slot : slot + count]: one strided copy, on the device."""
+        outer, heads, slots, width = target.shape
+        count = rows.shape[2]
+        if rows.shape != (outer, heads, count, width) or rows.dtype != target.dtype or not 0 <= slot <= slots - count:
+            raise ValueError(f"rows {rows.shape} {rows.dtype} do not fit slot {slot} of {target.shape} {target.dtype}")
+        element = width * target.dtype.itemsize
+        self.cuda.copy_rows(
+            rows.pointer, target.pointer + slot * element, count * element, outer * heads, slots * element
+        )
+
+    def _pool(self, purpose: str, nbytes: int) -> DeviceBuffer:
+        """Memory that launches use one after another, in sizes of powers of two. It stays where it is: captured graphs
+        hold its address."""
+        size = max(ALIGNMENT, 1 << (nbytes - 1).bit_length())
+        if (purpose, size) not in self._pools:
+            self._pools[purpose, size] = self.cuda.empty((size,), "uint8")
+        return self._pools[purpose, size]
+
+    # Sequences.
+
+    def execute(self, key: tuple[Any, ...], launches: Callable[[], None]) -> None:
+        self.cuda.activate()
+        if not self.cuda_graphs:
+            launches()
+            return
+        sequence = self._sequences.setdefault(key, Recording(capture=True))
+        if not sequence.graphs:
+            self._current = sequence
+            try:
+                if sequence.runs and sequence.capture:
+                    self._capture(sequence, launches)
+                if not sequence.graphs:
+                    launches()
+                    if not sequence.runs:
+                        self.cuda.synchronize()  # errors of the first run are this run's, not the capture's
+            finally:
+                self._current = None
+            sequence.runs += 1
+        for graph in sequence.graphs:
+            self.cuda.launch_graph(graph)
+
+    def _capture(self, sequence: Recording, launches: Callable[[], None]) -> None:
+        """Record the launches, without running them; where that fails, say so once and never try this key again."""
+        self._captured_launches = 0
+        try:
+            self.cuda.begin_capture()
+            launches()
+            sequence.graphs.append(self.cuda.end_capture())
+        except Exception as error:
+            self.cuda.abandon_capture()
+            _destroy_graphs(self.cuda, {(): sequence})
+            sequence.capture = False
+            warnings.warn(
+                f"{self.name}: the launches could not be captured in a CUDA graph ({error}); they are issued one by "
+                f"one instead, which is slower. Set {CUDA_GRAPHS_VARIABLE}=0 to do without the attempt",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        except BaseException:
+            self.cuda.abandon_capture()
+            _destroy_graphs(self.cuda, {(): sequence})
+            raise
+
+    def forget(self, key: tuple[Any, ...]) -> None:
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None:
+            self.cuda.synchronize()
+            _destroy_graphs(self.cuda, {key: sequence})  # before the contexts and addresses that they use
+            sequence.bindings.clear()
+
+    # Launches.
+
+    def launch(self, graph: str, inputs: Mapping[str, DeviceBuffer], outputs: Mapping[str, DeviceBuffer]) -> None:
+        """Enqueue a graph, with device-to-device copies around it where an address cannot be given to the library."""
+        self.prepare(graph)
+        buffers = {**inputs, **outputs}
+        binding = self._binding(graph, buffers)
+        addresses = {name: self._address(binding, name, buffer) for name, buffer in buffers.items()}
+        aliases = self._aliases(graph)
+        for name, source in aliases.items():
+            # The library updates in place: where the loop has two buffers, the input is copied to the output first.
+            addresses[source] = addresses[name]
+        taken = {addresses[name] for name in inputs}
+        for name in outputs.keys() - aliases.keys():
+            if outputs[name].size and addresses[name] in taken:
+                # The other way round: one buffer in the loop, where the library must not write over its input.
+                binding.staged.add(name)
+                addresses[name] = self._pool(name, outputs[name].nbytes).pointer
+        self._bind(graph, binding, buffers, addresses)
+        for name, buffer in inputs.items():
+            if addresses[name] != buffer.pointer:
+                self.cuda.copy(buffer.pointer, addresses[name], buffer.nbytes)
+        self._run(graph, binding)
+        for name, buffer in outputs.items():
+            if addresses[name] != buffer.pointer:
+                self.cuda.copy(addresses[name], buffer.pointer, buffer.nbytes)
+        if self.cuda.capturing:
+            self._count_launch()
+
+    def _binding(self, graph: str, buffers: Mapping[str, DeviceBuffer]) -> Binding:
+        """In a sequence, one per graph and shapes, so that nothing about it changes between capture and replay."""
+        if self._current is None:
+            return self._loose.setdefault(graph, Binding())
+        key = (graph, tuple(buffer.shape for buffer in buffers.values()))
+        return self._current.bindings.setdefault(key, Binding())
+
+    def _address(self, binding: Binding, name: str, buffer: DeviceBuffer) -> int:
+        """Where the library is to find a tensor: in the buffer itself, or in a staging buffer."""
+        if not buffer.size:
+            return self._nothing.pointer
+        fixed = self._current is None or binding.addresses.get(name, buffer.pointer) == buffer.pointer
+        if buffer.pointer % ALIGNMENT or not fixed or (self._current is not None and name in binding.staged):
+            binding.staged.add(name)
+            return self._pool(name, buffer.nbytes).pointer
+        return buffer.pointer
+
+    def _count_launch(self) -> None:
+        self._captured_launches += 1
+        if self._captured_launches % LAUNCHES_PER_GRAPH == 0 and self._current is not None:
+            self._current.graphs.append(self.cuda.end_capture())
+            self.cuda.begin_capture()
+
+    def _info(self, graph: str) -> GraphInfo:
+        if graph not in self._graphs:
+            raise BundleError(f"the bundle has no graph {graph!r}; it has {', '.join(self._graphs)}")
+        return self._graphs[graph]
+
+
+def _destroy_graphs(cuda: Cuda, sequences: Mapping[Any, Recording]) -> None:
+    for sequence in sequences.values():
+        while sequence.graphs:
+            cuda.destroy_graph(sequence.graphs.pop())
+
+
+def check_buffer(graph: str, name: str, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise CudaError where a buffer is not what the library is going to read or write there."""
+    if buffer.shape != shape or buffer.dtype != np.dtype(dtype):
+        raise CudaError(
+            f"graph {graph!r}: {name!r} is {np.dtype(dtype)} {shape}, its buffer is {buffer.dtype} {buffer.shape}"
+        )

@@ -1,0 +1,166 @@
+"""ONNX Runtime on an NVIDIA GPU: the same graphs as on the CPU, bound to device memory with I/O binding.
+
+ONNX Runtime computes on our stream (provider option ``user_compute_stream``), so its work and our copies are in one
+order and nothing has to wait. References: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html,
+https://onnxruntime.ai/docs/api/python/api_summary.html (IOBinding, RunOptions, preload_dlls).
+
+CUDA graphs are off here unless asked for. ONNX Runtime's own (``enable_cuda_graph``) want one fixed set of shapes and
+addresses per graph id, where an image has some hundred; a capture of ours around its runs is safe only if no node runs
+on the CPU and no run allocates, which ONNX Runtime does not promise (microsoft/onnxruntime#15002, #32081).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backend import onnxruntime_distribution
+from .bundle import Bundle, BundleError
+from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
+from .cuda_backend import Binding, CudaBackend, cuda_graphs_wanted
+
+PROVIDER = "CUDAExecutionProvider"
+INSTALL_HINT = (
+    "`pip uninstall onnxruntime`, then `pip install 'arinar[gpu]' 'onnxruntime-gpu[cuda,cudnn]'` installs one that has"
+)
+
+
+class OnnxRuntimeCuda(CudaBackend):
+    """Backend that runs a bundle's graphs in ONNX Runtime's CUDA provider. Sessions are made when first needed.
+
+    Parameters
+    ----------
+    cuda_graphs : capture the launches of a micro-batch and replay them. An experiment: see above.
+    tf32 : let fp32 matrix products round their factors to 10 bits of mantissa; faster, and no longer within the fp32
+        thresholds of the parity protocol.
+    wait : wait for the GPU after every graph. Slower; only to find out whether a wrong result comes from not waiting.
+    device : index of the GPU.
+    log_severity : of ONNX Runtime, 0 (verbose) to 4 (fatal).
+
+    Raises NoGpuError or BundleError where the package, the driver or a GPU is missing, and where ONNX Runtime would
+    silently use the CPU.
+    """
+
+    name = "onnxruntime-cuda"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str,
+        *,
+        cuda_graphs: bool | None = None,
+        tf32: bool = False,
+        wait: bool = False,
+        device: int = 0,
+        log_severity: int = 3,
+        cuda: Cuda | None = None,
+    ) -> None:
+        self._ort = load_onnxruntime()
+        super().__init__(
+            bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, False), device=device, cuda=cuda
+        )
+        self._sessions: dict[str, Any] = {}
+        self._options = self._ort.SessionOptions()
+        self._options.log_severity_level = log_severity
+        self._provider_options = {
+            "device_id": str(device),
+            "user_compute_stream": str(self.cuda.stream),
+            "do_copy_in_default_stream": "1",
+            "use_tf32": "1" if tf32 else "0",
+            # The exhaustive search times every algorithm for every new shape, and what it picks varies between runs.
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
+        self._run_options = self._ort.RunOptions()
+        # No wait at the end of a run: the loop waits once, when it downloads.
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "0" if wait else "1")
+
+    def prepare(self, *graphs: str) -> None:
+        for name in graphs:
+            if name not in self._sessions:
+                self._sessions[name] = self._session(name)
+
+    def _session(self, graph: str) -> Any:
+        path = self._bundle.path(self._info(graph).file)
+        providers = [(PROVIDER, self._provider_options), "CPUExecutionProvider"]
+        try:
+            # ONNX Runtime prints when it falls back; we raise.
+            with contextlib.redirect_stdout(io.StringIO()):
+                session = self._ort.InferenceSession(str(path), self._options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises its own, undocumented types
+            raise self._failure(f"ONNX Runtime cannot load graph {graph!r} ({path})", error) from error
+        active = list(session.get_providers())
+        if PROVIDER not in active:
+            raise BundleError(
+                f"ONNX Runtime would run graph {graph!r} on {', '.join(active)}, not on the GPU: a library of its CUDA "
+                f"provider could not be loaded (its log on stderr names it; often cuBLAS or cuDNN of another CUDA "
+                f"version). `pip install 'onnxruntime-gpu[cuda,cudnn]'` brings matching ones; or use backend onnxruntime-cpu"
+            )
+        return session
+
+    def _bind(self, graph: str, binding: Binding, buffers: Mapping[str, DeviceBuffer], addresses: dict[str, int]) -> None:
+        info = self._info(graph)
+        if binding.prepared is None:
+            binding.prepared = self._sessions[graph].io_binding()
+            binding.keep["inputs"] = {tensor.name: np.dtype(tensor.dtype) for tensor in info.inputs}
+            binding.keep["outputs"] = {tensor.name: np.dtype(tensor.dtype) for tensor in info.outputs}
+        inputs = binding.keep["inputs"]
+        for name, buffer in buffers.items():
+            if binding.addresses.get(name) == addresses[name] and binding.shapes.get(name) == buffer.shape:
+                continue
+            dtype = inputs.get(name) or binding.keep["outputs"].get(name)
+            if dtype is None or dtype != buffer.dtype:
+                raise CudaError(f"graph {graph!r}: {name!r} is {dtype}, its buffer is {buffer.dtype}")
+            bind = binding.prepared.bind_input if name in inputs else binding.prepared.bind_output
+            device = self.cuda.info.index
+            bind(name, "cuda", device, buffer.dtype.type, list(buffer.shape), addresses[name])
+            binding.addresses[name], binding.shapes[name] = addresses[name], buffer.shape
+
+    def _run(self, graph: str, binding: Binding) -> None:
+        try:
+            self._sessions[graph].run_with_iobinding(binding.prepared, self._run_options)
+        except Exception as error:
+            raise self._failure(f"graph {graph!r} did not run in ONNX Runtime", error) from error
+
+    def _failure(self, what: str, error: Exception) -> Exception:
+        text = str(error)
+        lower = text.lower()
+        if "out of memory" in lower or "failed to allocate memory" in lower or "bfcarena" in lower:
+            return GpuMemoryError(f"{what} ({text})")
+        return CudaError(f"{what}: {text}")
+
+
+def load_onnxruntime() -> Any:
+    """ONNX Runtime with a CUDA provider, its libraries loaded. Raises BundleError with the way to install it."""
+    onnxruntime_distribution()  # refuses two packages in one place
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BundleError(f"ONNX Runtime is not installed ({error}); {INSTALL_HINT} CUDA") from error
+    if PROVIDER not in ort.get_available_providers():
+        have = ", ".join(ort.get_available_providers())
+        what = f"the installed ONNX Runtime {ort.__version__} has no CUDA provider (only {have})"
+        raise BundleError(f"{what}; {INSTALL_HINT} one")
+    preload(ort)
+    return ort
+
+
+def preload(ort: Any) -> None:
+    """Load the CUDA libraries of NVIDIA's Python packages. Where that fails, making a session says what is missing."""
+    if not hasattr(ort, "preload_dlls"):
+        return
+    nvidia = importlib.util.find_spec("nvidia")
+    home = Path(ort.__file__).parent.parent
+    folders = [""]  # the packages beside its own; those in another folder of the path have to be named
+    for root in (nvidia.submodule_search_locations or []) if nvidia else []:
+        if Path(root).parent != home:
+            folders += [str(lib) for lib in sorted(Path(root).glob("*/lib")) if any(lib.glob("libcu*.so*"))]
+    for folder in folders:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):  # it prints what is not there
+            ort.preload_dlls(directory=folder)
