@@ -407,7 +407,7 @@ def _export_quantized(
 @click.option("--labels", type=Labels(), help="Classes of those images, in turn. [default: all]")
 @click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="JSON file to write; recorded inputs go into an .npz beside it.")
 @click.option("--precision", "precisions", multiple=True, help="Search a map for this 8-bit precision only; may be repeated. [default: all]")
-@click.option("--budget-kl", type=float, default=1e-3, show_default=True, help="Mean divergence per feature that a precision map may cost, in nats.")
+@click.option("--budget-kl", type=float, default=3e-4, show_default=True, help="Mean divergence per feature that a precision map may cost, in nats.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time; bounds the memory.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was chosen, as JSON.")

@@ -221,7 +221,7 @@ _DIGITS = ArinarConfig(
     img_size=32, vae_stride=8, num_classes=10, buffer_size=4,
     encoder_width=96, encoder_depth=3, encoder_heads=4,
     decoder_width=96, decoder_depth=3, decoder_heads=4,
-    inner_width=64, inner_depth=1, inner_heads=4, default_num_iter=8, default_guidance_scale=2.0,
+    inner_width=64, inner_depth=1, inner_heads=4, default_num_iter=12, default_guidance_scale=4.0,
     class_names=_DIGITS_NAMES,
 )  # fmt: skip
 

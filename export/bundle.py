@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import arinar
 from arinar.config import ArinarConfig
+from arinar.mixture_law import NUM_UNIFORMS
 from arinar.model import Arinar, CausalArinar
 from arinar.outer import MaskedOuter
 from arinar.runtime.bundle import (
@@ -32,7 +34,6 @@ from arinar.runtime.bundle import (
     file_info,
 )
 from arinar.sampler import NUM_CANDIDATES
-from arinar.runtime.gmm import NUM_UNIFORMS
 from arinar.vae import AutoencoderKL
 
 from .compose import compose_inner_token, inner_token_info
@@ -43,6 +44,7 @@ from .onnx import (
     ExportError,
     GraphSpec,
     WeightStore,
+    exact_reference,
     export_graph,
     validate_graph,
     write_model,
@@ -50,6 +52,7 @@ from .onnx import (
 from .steps import (
     CausalPrefill,
     CausalStep,
+    CausalStepInPlace,
     InnerCondition,
     InnerStep,
     MaskedStep,
@@ -59,9 +62,26 @@ from .steps import (
     VaeDecoder,
     VaeEncoder,
     cache_slots,
+    half_precision,
+    half_precision_vae,
 )
 
 Progress = Callable[[str], None]
+
+# Largest error of a float16 graph against the float32 module, relative to outputs above 1. Measured on random inputs:
+# 2e-3 (demo models), 4e-3 (the published size, random weights); 1.2e-2 for three in four of a token's features (the
+# rest may follow another draw).
+FP16_ATOL, FP16_VAE_ATOL = 2e-2, 2e-2
+FP16_DRAW_ATOL, FP16_DRAW_SHARE = 0.1, 0.75
+
+# From here on ONNX has an operator that writes a row into a cache (TensorScatter).
+IN_PLACE_OPSET = 24
+
+# Graphs of the autoencoder. A precision whose VAE stays float32 shares those of fp32, where the bundle has them.
+VAE_GRAPHS = ("vae_decoder", "vae_encoder")
+
+# Entries of the provenance that tell one model from another.
+WEIGHT_HASHES = ("weights_sha256", "vae_weights_sha256")
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ def _masked_outer(outer: MaskedOuter) -> dict[str, GraphSpec]:
     }
 
 
-def _causal_outer(outer: CausalArinar, dtype: str) -> dict[str, GraphSpec]:
+def _causal_outer(outer: CausalArinar, dtype: str, in_place: bool) -> dict[str, GraphSpec]:
     config = outer.config
     depth, heads = config.decoder_depth, config.decoder_heads
     head_dim, slots = config.decoder_width // heads, cache_slots(config)
@@ -136,21 +156,21 @@ def _causal_outer(outer: CausalArinar, dtype: str) -> dict[str, GraphSpec]:
         ),
         "outer_step": GraphSpec(
             "outer_step",
-            CausalStep(outer),
+            CausalStepInPlace(outer) if in_place else CausalStep(outer),
             (
                 _info("token", ("B", config.token_dim)),
                 _info("rows", ("N",), "int64"),
                 _info("position", (1,), "int64"),
                 *cache_info("past_key_values", depth, "N", heads, slots, head_dim, dtype),
             ),
-            (z, *cache_info("present", depth, "N", heads, 1, head_dim, dtype)),
+            (z, *cache_info("present", depth, "N", heads, slots if in_place else 1, head_dim, dtype)),
             {"rows": (0, 1), "position": (0, config.seq_len - 1)},
             sizes,
         ),
     }
 
 
-def _parts(model: Arinar, vae: AutoencoderKL, num_candidates: int) -> _Parts:
+def _parts(model: Arinar, vae: AutoencoderKL, num_candidates: int, opset: int) -> _Parts:
     config = model.config
     inner = model.arhead
     dtype = str(next(inner.parameters()).dtype).removeprefix("torch.")
@@ -171,7 +191,9 @@ def _parts(model: Arinar, vae: AutoencoderKL, num_candidates: int) -> _Parts:
     images = _info("images", ("B", config.img_size, config.img_size, 3), "uint8")
     batches: tuple[dict[str, int], ...] = ({"B": 1}, {"B": 3}) if config.img_size < 128 else ({"B": 1},)
     return _Parts(
-        outer=_causal_outer(model, dtype) if isinstance(model, CausalArinar) else _masked_outer(_as_masked(model)),
+        outer=_causal_outer(model, dtype, opset >= IN_PLACE_OPSET)
+        if isinstance(model, CausalArinar)
+        else _masked_outer(_as_masked(model)),
         condition=GraphSpec(
             "inner_condition", InnerCondition(inner), (_info("z", ("N", z)),), (start, modulation), {}, rows
         ),
@@ -211,9 +233,11 @@ def _parts(model: Arinar, vae: AutoencoderKL, num_candidates: int) -> _Parts:
     )  # fmt: skip
 
 
-def graph_specs(model: Arinar, vae: AutoencoderKL, num_candidates: int = NUM_CANDIDATES) -> dict[str, GraphSpec]:
+def graph_specs(
+    model: Arinar, vae: AutoencoderKL, num_candidates: int = NUM_CANDIDATES, opset: int = DEFAULT_OPSET
+) -> dict[str, GraphSpec]:
     """The graphs that are traced for a model, by name: step module, inputs, outputs and test sizes of each."""
-    parts = _parts(model, vae, num_candidates)
+    parts = _parts(model, vae, num_candidates, opset)
     singles = (parts.condition, parts.step, parts.plain, parts.guided)
     return parts.outer | {spec.name: spec for spec in singles} | parts.vae
 
@@ -265,6 +289,7 @@ def export_bundle(
     out: str | os.PathLike[str],
     *,
     precision: str = "fp32",
+    vae_precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
     num_candidates: int = NUM_CANDIDATES,
     overwrite: bool = False,
@@ -273,14 +298,18 @@ def export_bundle(
 ) -> Manifest:
     """Write a bundle, or add a precision to one of the same model.
 
-    Every graph is traced, checked and run in ONNX Runtime against its module at several batch sizes; the bundle
-    appears under its final name only when all of them agree.
+    Every graph is traced, checked and run in ONNX Runtime against its float32 module at several batch sizes; the
+    bundle appears under its final name only when all of them agree.
 
     Parameters
     ----------
     model, vae : in float32; they are not changed.
     out : folder of the bundle; must not exist, be empty, or be a bundle of the same model (the precision is added).
-    precision : of the transformer graphs: fp32 or fp16.
+    precision : of the transformer graphs: fp32, or fp16 (float16 weights, GEMMs and caches; norms, softmax, mixture
+        head and sampling in float32; tokens, z and mixture parameters are float32 in either).
+    vae_precision : of the VAE graphs in an fp16 variant. fp32 shares the graphs of the bundle's fp32 variant where it
+        has one; fp16 is half the size, for autoencoders whose activations leave room.
+    opset : of ONNX. From 24 on a causal model's step writes its KV cache in place where the backend can.
     num_candidates : N of the guided draw, part of the model's published sampling law.
     overwrite : replace an existing bundle, or an existing precision of it.
     provenance : recorded in the manifest (where the weights came from).
@@ -293,18 +322,27 @@ def export_bundle(
     """
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"precision is {precision!r}; this exporter traces fp32 and fp16 (others: {PRECISIONS[2:]})")
+    if vae_precision not in ("fp32", "fp16"):
+        raise ValueError(f"vae_precision is {vae_precision!r}; choose one of fp32, fp16")
+    if vae_precision != "fp32" and precision == "fp32":
+        raise ValueError("vae_precision fp16 belongs to an fp16 variant; its transformer graphs would be fp32")
     if opset not in OPSETS:
         raise ValueError(f"opset is {opset}; choose one of {', '.join(map(str, OPSETS))}")
     check_match(model.config, vae)
     say = progress or (lambda line: None)
     out = Path(out)
+    hashes = {"weights_sha256": weights_sha256(model), "vae_weights_sha256": weights_sha256(vae)}
+    provenance = dict(provenance or {}) | hashes
     existing = _existing(out, model.config, precision, num_candidates, overwrite, provenance)
+    shared: dict[str, GraphInfo] = {}
+    if existing is not None and precision != "fp32" and vae_precision == "fp32":
+        shared = _shared_graphs(existing.manifest, opset)
 
     _quiet_exporter()
     with _scratch(out) as scratch:
         folder = scratch / "graphs" / precision
         folder.mkdir(parents=True)
-        graphs = _write_graphs(model, vae, folder, precision, opset, num_candidates, say)
+        graphs = _write_graphs(model, vae, folder, precision, vae_precision, opset, num_candidates, shared, say)
         files = {path.relative_to(scratch).as_posix(): file_info(path) for path in sorted(folder.iterdir())}
         manifest = Manifest(
             config=model.config,
@@ -313,7 +351,8 @@ def export_bundle(
             defaults=Defaults(model.config.default_num_iter, model.config.default_guidance_scale),
             num_candidates=num_candidates,
             provenance={"arinar": arinar.__version__, "torch": torch.__version__, "onnx": onnx.__version__}
-            | dict(provenance or {}),
+            | {"vae_config": vae.config.to_dict()}
+            | provenance,
         )
         if existing is None:
             (scratch / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -352,10 +391,12 @@ def _existing(
         bundle = Bundle.open(out)
     except BundleError as error:
         raise BundleError(f"{out} exists and is not a readable bundle ({error}); choose another output folder") from error
+    recorded, given = bundle.manifest.provenance, dict(provenance or {})
+    names = WEIGHT_HASHES if "weights_sha256" in recorded else ("checkpoint_sha256",)
     same = (
         bundle.manifest.config == config
         and bundle.manifest.num_candidates == num_candidates
-        and bundle.manifest.provenance.get("checkpoint_sha256") == (provenance or {}).get("checkpoint_sha256")
+        and all(recorded.get(name) == given.get(name) for name in names)
     )
     if not same:
         if overwrite:
@@ -366,11 +407,33 @@ def _existing(
     return bundle
 
 
+def weights_sha256(module: torch.nn.Module) -> str:
+    """SHA-256 over names and values of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _shared_graphs(manifest: Manifest, opset: int) -> dict[str, GraphInfo]:
+    """The float32 VAE graphs that a bundle of the same model and VAE holds already."""
+    if "vae_weights_sha256" not in manifest.provenance:
+        return {}
+    graphs = manifest.graphs.get("fp32", {})
+    return {name: graphs[name] for name in VAE_GRAPHS if name in graphs and graphs[name].opset == opset}
+
+
 def _merge(old: Manifest, new: Manifest) -> Manifest:
     (precision,) = new.graphs
     prefix = f"graphs/{precision}/"
     kept = {name: info for name, info in old.files.items() if not name.startswith(prefix)}
-    graphs = {p: g for p, g in old.graphs.items() if p != precision} | new.graphs
+    graphs = {p: dict(g) for p, g in old.graphs.items() if p != precision} | new.graphs
+    # Other precisions that share a graph of the one that was replaced go on sharing it.
+    for others in graphs.values():
+        for name, info in others.items():
+            if info.file.startswith(prefix):
+                others[name] = new.graphs[precision][name]
     return replace(new, graphs=graphs, files=kept | new.files, provenance=old.provenance | new.provenance)
 
 
@@ -413,17 +476,25 @@ def _write_graphs(
     vae: AutoencoderKL,
     folder: Path,
     precision: str,
+    vae_precision: str,
     opset: int,
     num_candidates: int,
+    shared: Mapping[str, GraphInfo],
     say: Progress,
 ) -> dict[str, GraphInfo]:
     config = model.config
-    parts = _parts(model, vae, num_candidates)
-    traced = [*parts.outer.values(), parts.condition, parts.step, parts.plain, parts.guided, *parts.vae.values()]
+    exact = parts = _parts(model, vae, num_candidates, opset)
+    if precision == "fp16":
+        small_vae = half_precision_vae(vae) if vae_precision == "fp16" else vae
+        parts = _tolerant(_parts(half_precision(model), small_vae, num_candidates, opset), vae_precision == "fp16")
+    traced = [spec for spec in _traced(parts) if spec.name not in shared]
     store = WeightStore(folder / "weights.data")
-    graphs: dict[str, GraphInfo] = {}
+    graphs: dict[str, GraphInfo] = dict(shared)
     total = len(traced) + 2
     references: dict[str, Callable[[dict[str, Array]], Sequence[Array]]] = {}
+    if precision != "fp32":
+        by_name = {spec.name: spec for spec in _traced(exact)}
+        references = {spec.name: exact_reference(spec, by_name[spec.name]) for spec in traced}
     try:
         paths = {}
         for number, spec in enumerate(traced, 1):
@@ -431,10 +502,12 @@ def _write_graphs(
             paths[spec.name] = export_graph(spec, folder, store, opset)
         for number, guided in enumerate((False, True), len(traced) + 1):
             spec, path = _compose(parts, config, folder, guided)
+            if precision != "fp32":
+                spec = replace(spec, atol=FP16_DRAW_ATOL, share=FP16_DRAW_SHARE)
             say(f"[{number}/{total}] composed {spec.name}")
             traced.append(spec)
             paths[spec.name] = path
-            references[spec.name] = _inner_token_reference(parts, config, guided)
+            references[spec.name] = _inner_token_reference(exact, config, guided)
     finally:
         store.close()
     for number, spec in enumerate(traced, 1):
@@ -452,6 +525,21 @@ def _write_graphs(
             max_abs_err=float(np.format_float_positional(error, 3, fractional=False)),
         )
     return graphs
+
+
+def _traced(parts: _Parts) -> list[GraphSpec]:
+    return [*parts.outer.values(), parts.condition, parts.step, parts.plain, parts.guided, *parts.vae.values()]
+
+
+def _tolerant(parts: _Parts, vae: bool) -> _Parts:
+    """The tolerances of float16 for those graphs that compute in it."""
+    return replace(
+        parts,
+        outer={name: replace(spec, atol=FP16_ATOL) for name, spec in parts.outer.items()},
+        condition=replace(parts.condition, atol=FP16_ATOL),
+        step=replace(parts.step, atol=FP16_ATOL),
+        vae={n: replace(s, atol=FP16_VAE_ATOL) if vae and n in VAE_GRAPHS else s for n, s in parts.vae.items()},
+    )
 
 
 def _compose(parts: _Parts, config: ArinarConfig, folder: Path, guided: bool) -> tuple[GraphSpec, Path]:

@@ -50,6 +50,9 @@ class GraphSpec:
     ranges: Mapping[str, tuple[int, int]]
     sizes: tuple[Mapping[str, int], ...]  # axis sizes to validate at, batch 1 and awkward ones included
     atol: float = 1e-4
+    # Share of the values that must lie within atol: below 1 for chains of draws in low precision, where a rounding
+    # error early on may rightly end in another feature.
+    share: float = 1.0
 
     @property
     def axes(self) -> list[str]:
@@ -79,16 +82,20 @@ class GraphSpec:
 
 
 class WeightStore:
-    """One file that holds the large initializers of all graphs of a precision, each distinct tensor once."""
+    """One file that holds the large initializers of all graphs of a precision, each distinct tensor once.
+
+    Tensors of different types never share bytes, equal as those may be (1,536 zeros of float16, 768 of float32):
+    TensorRT's parser refuses weights that begin at one address and differ in number.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("xb")
-        self._known: dict[bytes, tuple[int, int]] = {}
+        self._known: dict[tuple[int, bytes], tuple[int, int]] = {}
 
-    def add(self, data: bytes | memoryview) -> tuple[int, int]:
-        """Write ``data`` unless it is there already -> (offset, length)."""
-        digest = hashlib.sha256(data).digest()
+    def add(self, data: bytes | memoryview, data_type: int) -> tuple[int, int]:
+        """Write ``data`` of an ONNX data type unless it is there already -> (offset, length)."""
+        digest = data_type, hashlib.sha256(data).digest()
         if digest not in self._known:
             alignment = PAGE if len(data) >= 16 * PAGE else SMALL_ALIGNMENT
             offset = -(-self._file.tell() // alignment) * alignment
@@ -195,7 +202,7 @@ def pool_weights(model: onnx.ModelProto, source: Path, store: WeightStore) -> No
             tensor.data_location = TensorProto.DEFAULT
             tensor.raw_data = bytes(data)
             continue
-        offset, length = store.add(data)
+        offset, length = store.add(data, tensor.data_type)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", store.path.name), ("offset", offset), ("length", length)):
             entry = tensor.external_data.add()
@@ -221,6 +228,7 @@ def validate_graph(
 ) -> float:
     """Run the graph in ONNX Runtime against its module at every ``spec.sizes`` -> largest absolute error.
 
+    ``reference`` takes the module's place. Where ``spec.share`` is below 1, the largest error of that share.
     Raises ExportError naming the graph, output and error where they differ by more than ``spec.atol`` relative to
     the output's scale (at least 1), where a shape differs, or where the ONNX checker objects.
     """
@@ -247,8 +255,9 @@ def validate_graph(
             if want.size == 0:
                 continue
             scale = max(1.0, float(np.abs(want.astype(np.float64)).max()))
-            error = float(np.abs(have.astype(np.float64) - want.astype(np.float64)).max())
-            limit = 1.0 if want.dtype == np.uint8 else spec.atol * scale
+            errors = np.abs(have.astype(np.float64) - want.astype(np.float64))
+            error = float(errors.max() if spec.share == 1 else np.quantile(errors, spec.share))
+            limit = max(1.0, 255 * spec.atol) if want.dtype == np.uint8 else spec.atol * scale
             if not error <= limit:  # catches NaN too
                 raise ExportError(
                     f"graph {spec.name!r}, output {tensor.name!r} at {dict(sizes)}: ONNX Runtime differs from PyTorch "
@@ -256,6 +265,16 @@ def validate_graph(
                 )
             worst = max(worst, error)
     return worst
+
+
+def exact_reference(spec: GraphSpec, exact: GraphSpec) -> Callable[[dict[str, Array]], Sequence[Array]]:
+    """What the float32 module of the same graph makes of a low-precision graph's inputs, in its outputs' dtypes."""
+
+    def run(feed: dict[str, Array]) -> list[Array]:
+        wide = {tensor.name: feed[tensor.name].astype(tensor.dtype) for tensor in exact.inputs}
+        return [out.astype(tensor.dtype) for tensor, out in zip(spec.outputs, run_module(exact, wide), strict=True)]
+
+    return run
 
 
 def run_module(spec: GraphSpec, feed: Mapping[str, Array]) -> list[Array]:

@@ -13,7 +13,9 @@ softmax, the mixture head and everything after it stay in float32.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +24,59 @@ from torch import Tensor, nn
 from arinar.config import ArinarConfig
 from arinar.inner import InnerAR, InnerBlock
 from arinar.mixture import MixtureSample, PlainMixtureSample
-from arinar.model import unpatchify
+from arinar.model import Arinar, unpatchify
 from arinar.outer import Attention, Block, CausalOuter, MaskedOuter
 from arinar.vae import AutoencoderKL, posterior
 
 __all__ = [
-    "CausalPrefill", "CausalStep", "InnerCondition", "InnerStep", "MaskedStep", "MixtureSample",
-    "PlainMixtureSample", "TokensToLatents", "VaeDecoder", "VaeEncoder",
+    "CausalPrefill", "CausalStep", "CausalStepInPlace", "InnerCondition", "InnerStep", "MaskedStep", "MixtureSample",
+    "PlainMixtureSample", "TokensToLatents", "VaeDecoder", "VaeEncoder", "half_precision", "half_precision_vae",
 ]  # fmt: skip
 
 # Added to the scores of cache slots that hold nothing yet. Finite, so that a fully masked row stays finite, and
 # within the range of float16 although scores are kept in float32.
 MASKED_SCORE = -3.0e4
+
+
+ArinarT = TypeVar("ArinarT", bound=Arinar)
+
+
+def half_precision(model: ArinarT) -> ArinarT:
+    """A float16 copy of a transformer; what its float32 islands hold (norms, mixture head) keeps its float32 values.
+
+    Raises ValueError naming a weight that float16 cannot hold.
+    """
+    half = copy.deepcopy(model).half()
+    exact = dict(model.named_modules())
+    for name, module in half.named_modules():
+        if isinstance(module, nn.LayerNorm) or module is half.arhead.head:
+            module.float().load_state_dict(exact[name].state_dict())
+    for name, tensor in half.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weight {name!r} holds values beyond float16 (65504); export this model as fp32")
+    return half
+
+
+class Float32Norm(nn.Module):
+    """A group norm computed in float32, back in the input's dtype."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x.float()).to(x.dtype)
+        return out
+
+
+def half_precision_vae(vae: AutoencoderKL) -> AutoencoderKL:
+    """A float16 copy of an autoencoder with float32 norms. Its activations are the largest of all: see whether they
+    leave room (`arinar.export.activations`) before using it."""
+    half = copy.deepcopy(vae).half()
+    norms = [(p, name, m) for p in half.modules() for name, m in p.named_children() if isinstance(m, nn.GroupNorm)]
+    for parent, name, norm in norms:
+        setattr(parent, name, Float32Norm(norm))
+    return half
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -257,6 +300,49 @@ class CausalStep(nn.Module):
         return (z.float(), *new)
 
 
+class CausalStepInPlace(CausalStep):
+    """As `CausalStep`, but the whole cache goes in and comes out with the new rows in it (ONNX's TensorScatter).
+
+    A library that aliases the two (TensorRT) writes the rows where they belong, and nobody copies anything; others
+    copy the cache once a step. The rows are in place before they are attended to, so the mask admits one slot more.
+    """
+
+    def __init__(self, outer: CausalOuter) -> None:
+        super().__init__(outer)
+        config = outer.config
+        self.buffer = config.buffer_size
+        self.register_buffer("filled", filled_bias(cache_slots(config), config.buffer_size + 1, config.seq_len - 1))
+
+    def forward(self, token: Tensor, rows: Tensor, position: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """As `CausalStep.forward` -> z (N, C) float32, then per layer keys and values (N, H, S, d), updated."""
+        outer = self.outer
+        x = outer.z_proj(F.embedding(rows, token).to(self.step_pos.dtype)) + F.embedding(position, self.step_pos)
+        x = layer_norm(x, outer.z_proj_ln)[:, None]                                           # (N, 1, C)
+        bias = F.embedding(position, self.filled)[0]                                                       # (S,)
+        slots = (position + self.buffer).expand(rows.shape[0])                                             # (N,)
+        present: list[Tensor] = []
+        for index, block in enumerate(outer.decoder_blocks):
+            assert isinstance(block, Block)
+            q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
+            k, v = scatter_rows(past[2 * index], k, slots), scatter_rows(past[2 * index + 1], v, slots)
+            scores = ((q * head_scale(block.attn)) @ k.transpose(2, 3)).float() + bias                     # (N, H, 1, S)
+            x = x + merge_heads(block.attn, torch.softmax(scores, -1).to(v.dtype) @ v)
+            x = feed_forward(block, x)
+            present += [k, v]
+        z = layer_norm(x[:, 0], outer.decoder_norm) + F.embedding(position, self.target_pos)
+        return (z.float(), *present)
+
+
+def scatter_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """cache (N, H, S, d) with rows (N, H, 1, d) written at slots (N,), the same for all rows."""
+    if torch.compiler.is_exporting():
+        out: Tensor = torch.onnx.ops.symbolic(
+            "TensorScatter", (cache, rows, slots), {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24
+        )
+        return out
+    return cache.index_copy(2, slots[:1], rows)
+
+
 def cache_slots(config: ArinarConfig) -> int:
     """Length of a causal model's cache: the buffer and every token but the last, which is never fed back."""
     return config.buffer_size + config.seq_len - 1
@@ -371,6 +457,6 @@ class VaeEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, H, W, 3) uint8 RGB -> latents (B, channels, h, w) float32, the posterior mean."""
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = images.float().permute(0, 3, 1, 2) / 127.5 - 1  # TensorRT transposes floats, not bytes
         mean, _ = posterior(self.vae.encode(x.to(self.vae.quant_conv.weight.dtype)))
         return mean.float()

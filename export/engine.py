@@ -1,0 +1,622 @@
+"""Graphs of a bundle -> TensorRT engines, with `tensorrt` 10 and 11 and `tensorrt_rtx` alike.
+
+Engines go to ``engines/<key>/<graph>.engine`` inside the bundle, each with a sidecar beside it; layout, sidecar and the
+rules by which the runtime chooses are in `arinar.runtime.engines`. The manifest is not touched.
+
+The library is chosen by name and asked for its features (never for its version number). It is loaded in child
+processes only: a builder can crash, hang or run out of memory, and takes nobody with it.
+
+Networks are strongly typed: an engine computes in the dtypes that its graph was exported with. Shapes are free within
+profiles, which follow from the graph's symbolic axes, the numbers of images, and the schedule of the outer steps.
+
+References, by class: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/Builder.html,
+.../Core/BuilderConfig.html, .../Core/OptimizationProfile.html, .../Core/ProgressMonitor.html, .../Core/Logger.html,
+.../infer/Graph/Network.html, .../parsers/Onnx/pyOnnx.html; of RTX alone (targets, portable engines):
+https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from arinar.config import ArinarConfig
+from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, file_sha256
+from arinar.runtime.engines import (
+    ENGINE_SUFFIX,
+    ENGINES,
+    Engine,
+    EngineError,
+    EngineInfo,
+    Shape,
+    architecture,
+    engine_key,
+    graph_hash,
+    list_engines,
+    sidecar_path,
+)
+from arinar.runtime.loop import DECODE_PIXELS
+from arinar.schedule import mask_counts
+
+DEFAULT_BATCH = (1, 8, 64)
+DEFAULT_TIMEOUT = 3600.0
+
+INSTALL_HINTS = {
+    "tensorrt": "`pip install tensorrt --extra-index-url https://pypi.nvidia.com` (NVIDIA's index holds its libraries)",
+    "tensorrt_rtx": "`pip install arinar[tensorrt-rtx]`",
+}
+
+# Graphs that generation does not run.
+NOT_FOR_GENERATION = ("vae_encoder",)
+
+# Lines of a child's output that are meant for us; the libraries print there too.
+MARK = "arinar-build: "
+
+Range = tuple[int, int, int]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one graph: "built", "reused", "planned" (dry run) or "failed" (``error`` says why)."""
+
+    graph: str
+    state: str
+    path: Path
+    info: EngineInfo
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"graph": self.graph, "state": self.state, "path": str(self.path), "error": self.error} | {
+            "engine": self.info.to_dict()
+        }
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU that this process sees."""
+
+    name: str
+    compute_capability: str
+    driver: str
+
+
+def build_engines(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    module: str = "tensorrt",
+    precision: str | None = None,
+    graphs: Sequence[str] | None = None,
+    batch: Range = DEFAULT_BATCH,
+    min_num_iter: int | None = None,
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    version_compatible: bool = False,
+    compute_capability: Sequence[str] = (),
+    timeout: float = DEFAULT_TIMEOUT,
+    rebuild: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Build the engines that generation needs. One graph's failure does not stop the others.
+
+    Parameters
+    ----------
+    bundle : a bundle, or its folder.
+    module : import name of the library: "tensorrt" or "tensorrt_rtx".
+    precision : which of the bundle's variants; None means fp16, or the only one.
+    graphs : names; None means all that generation runs.
+    batch : least, usual and largest number of images.
+    min_num_iter : fewest outer steps that the engines must serve; fewer steps predict more tokens at a time. None
+        means a quarter of the bundle's default.
+    workspace : most bytes of scratch memory for one engine. None: what the device has.
+    optimization_level : of the builder, 0 to 5. None: the library's own.
+    timing_cache : folder that keeps measurements between builds, a file per library version and GPU.
+    version_compatible : engines for later versions of the library too (larger, slower; not with tensorrt_rtx on a
+        machine without a GPU).
+    compute_capability : architectures to build for, e.g. ("8.9", "12.0"), where the library can target others than
+        this machine's (tensorrt_rtx). () means its default.
+    timeout : seconds for one graph.
+    rebuild : also what has not changed.
+    dry_run : plan only.
+    progress : called with a line per stage.
+
+    Raises BundleError for bad arguments, a missing library or a missing GPU. Failed builds are reported as outcomes.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    say = progress or (lambda line: None)
+    precision = precision or ("fp16" if "fp16" in bundle.manifest.graphs else next(iter(bundle.manifest.graphs)))
+    known = bundle.manifest.precision_graphs(precision)
+    names = [name for name in known if name not in NOT_FOR_GENERATION] if graphs is None else list(graphs)
+    for name in names:
+        if name not in known:
+            raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(known)}")
+    check_batch(batch)
+    config, defaults = bundle.manifest.config, bundle.manifest.defaults
+    if min_num_iter is None:
+        min_num_iter = max(1, defaults.num_iter // 4)
+    elif not 1 <= min_num_iter <= config.seq_len:
+        raise BundleError(f"min_num_iter is {min_num_iter}; expected 1..{config.seq_len}")
+    if optimization_level is not None and not 0 <= optimization_level <= 5:
+        raise BundleError(f"optimization_level is {optimization_level}; expected 0..5")
+
+    library = probe(module)
+    gpu = describe_gpu()
+    targets = check_targets(library, gpu, compute_capability)
+    axes = axis_ranges(config, batch, min_num_iter, defaults.num_iter)
+    flags = {
+        "strongly_typed": True, "tf32": False, "workspace": workspace, "optimization_level": optimization_level,
+        "version_compatible": version_compatible,
+    }  # fmt: skip
+    folder = bundle.folder / ENGINES / engine_key(module, library.version, targets, precision, version_compatible)
+    existing = {engine.path: engine for engine in list_engines(bundle)}
+    files = sorted({file for name in names for file in (known[name].file, *known[name].weights)})
+    bundle.verify(files)
+
+    outcomes: list[Outcome] = []
+    for number, name in enumerate(names, 1):
+        info = EngineInfo(
+            graph=name, precision=precision, module=module, version=library.version, compute_capability=targets,
+            onnx_sha256=graph_hash(bundle, precision, name), opset=known[name].opset, batch=batch,
+            profiles=profiles(known[name], axes), flags=flags,
+            gpu=gpu.name if gpu else "", driver=gpu.driver if gpu else "",
+        )  # fmt: skip
+        path = folder / f"{name}{ENGINE_SUFFIX}"
+        label = f"[{number}/{len(names)}] {name}"
+        old = existing.get(path)
+        if old is not None and not rebuild and unchanged(old, info):
+            say(f"{label}: unchanged, kept")
+            outcomes.append(Outcome(name, "reused", path, old.info))
+        elif dry_run:
+            say(f"{label}: would be built")
+            outcomes.append(Outcome(name, "planned", path, info))
+        else:
+            say(f"{label}: building")
+            cache = None if timing_cache is None else Path(timing_cache) / cache_name(module, library.version, targets)
+            job = _job(bundle, known[name], info, cache)
+            try:
+                info = _build(job, info, path, timeout, partial(_prefixed, say, label))
+            except EngineError as error:
+                say(f"{label}: FAILED: {error}")
+                outcomes.append(Outcome(name, "failed", path, info, str(error)))
+                continue
+            say(f"{label}: {info.size / 1e6:.1f} MB in {info.seconds:.1f} s")
+            outcomes.append(Outcome(name, "built", path, info))
+    return outcomes
+
+
+def _prefixed(say: Progress, label: str, line: str) -> None:
+    say(f"{label}: {line}")
+
+
+def check_batch(batch: Range) -> None:
+    if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise BundleError(f"batch is {batch}; expected three numbers of images, least <= usual <= largest, from 1 on")
+
+
+def cache_name(module: str, version: str, targets: Iterable[str]) -> str:
+    """File of a timing cache: measurements hold for one library version and one GPU architecture only."""
+    return f"{module}-{version}-{architecture(targets)}.timing"
+
+
+def unchanged(old: Engine, wanted: EngineInfo) -> bool:
+    """Whether an engine was built from the very inputs that are wanted, and is whole."""
+    if old.info.inputs != wanted.inputs:
+        return False
+    try:
+        old.verify()
+    except EngineError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------- profiles
+
+
+def axis_ranges(config: ArinarConfig, batch: Range, min_num_iter: int, num_iter: int) -> dict[str, Range]:
+    """Least, usual and largest size of every symbolic axis of the graphs, but for N, which `profiles` finishes.
+
+    V visible, U still hidden, P predicted tokens of a step; B images; G branches; S inner cache; M drawn rows.
+    """
+    low, usual, high = batch
+    length = config.seq_len
+    if config.outer == "causal":
+        predicted: Range = (1, 1, 1)
+    else:
+        middle = _counts(length, num_iter)
+        most = max(max(_counts(length, steps)) for steps in range(min_num_iter, length + 1))
+        predicted = (1, sorted(middle)[len(middle) // 2], most)
+    visible = length // 2
+    chunk = max(1, DECODE_PIXELS // config.img_size**2)
+    return {
+        "B": batch,
+        "G": (1, 2, 2),
+        "V": (0, visible, length - 1),
+        "P": predicted,
+        "U": (0, length - visible - predicted[1], length - 1),
+        "S": (config.token_dim,) * 3,
+        "M": (low, usual * predicted[1], high * predicted[2]),
+        # Decoded a bounded number at a time, the rest of a micro-batch may be a single image.
+        "B:vae": (1, min(usual, chunk), min(high, chunk)),
+    }
+
+
+def _counts(seq_len: int, num_iter: int) -> list[int]:
+    """Tokens that each step predicts."""
+    masked = [*mask_counts(seq_len, num_iter), 0]
+    return [before - after for before, after in itertools.pairwise(masked)]
+
+
+def profiles(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Least, usual and largest shape of every input that has a symbolic axis."""
+    names = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
+    sizes = dict(axes)
+    if "M" in names:  # both branches of the drawn rows
+        sizes["N"] = _times((2, 2, 2), axes["M"])
+    elif graph.name.startswith("outer"):
+        sizes["N"] = _times(axes["G"], axes["B"])
+    else:
+        sizes["N"] = _times(axes["G"], axes["P"], axes["B"])
+    if graph.name.startswith("vae"):
+        sizes["B"] = axes["B:vae"]
+    found: dict[str, tuple[Shape, Shape, Shape]] = {}
+    for tensor in graph.inputs:
+        if any(isinstance(axis, str) for axis in tensor.shape):
+            low, usual, high = (
+                tuple(sizes[axis][i] if isinstance(axis, str) else axis for axis in tensor.shape) for i in range(3)
+            )
+            found[tensor.name] = (low, usual, high)
+    return found
+
+
+def _times(*ranges: Range) -> Range:
+    low, usual, high = (math.prod(sizes) for sizes in zip(*ranges, strict=True))
+    return low, usual, high
+
+
+# ---------------------------------------------------------------------------------------- library and machine
+
+
+@dataclass(frozen=True)
+class Library:
+    """A TensorRT library: version, and the architectures it can be told to target (none: it builds for its GPU)."""
+
+    module: str
+    version: str
+    targets: tuple[str, ...]
+
+
+def probe(module: str) -> Library:
+    """Ask a library what it is. Raises BundleError with the way to install it where it is missing or does not load."""
+    hint = INSTALL_HINTS.get(module, f"install the package that provides {module!r}")
+    if importlib.util.find_spec(module) is None:
+        raise BundleError(f"{module} is not installed: {hint}")
+    try:
+        answer = _run_child({"what": "probe", "module": module}, timeout=300.0)
+    except EngineError as error:
+        raise BundleError(f"{module} is installed but does not load ({error}). To install it: {hint}") from error
+    return Library(module, answer["version"], tuple(answer["targets"]))
+
+
+def check_targets(library: Library, gpu: Gpu | None, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The compute capabilities to build for; () is the library's portable default."""
+    chosen = []
+    for item in wanted:
+        if item == "current" and gpu is None:
+            raise BundleError("compute capability 'current' was asked for, and no NVIDIA GPU is visible here")
+        chosen.append(gpu.compute_capability if item == "current" and gpu is not None else item)
+    if library.targets:
+        for item in chosen:
+            if item not in library.targets:
+                raise BundleError(
+                    f"{library.module} {library.version} cannot build for compute capability {item!r}; "
+                    f"it knows {', '.join(library.targets)}"
+                )
+        return tuple(sorted(set(chosen), key=float))
+    if gpu is None:
+        raise BundleError(
+            f"{library.module} builds engines on the GPU that is to run them, and no NVIDIA GPU is visible here. "
+            f"Run this on the target machine, or use --backend tensorrt-rtx, which builds anywhere"
+        )
+    if set(chosen) - {gpu.compute_capability}:
+        raise BundleError(
+            f"{library.module} builds for the GPU of this machine ({gpu.name}, compute capability "
+            f"{gpu.compute_capability}), not for {', '.join(chosen)}: build there"
+        )
+    return (gpu.compute_capability,)
+
+
+def describe_gpu() -> Gpu | None:
+    """The first visible GPU, asked of the driver itself; None where there is no driver or no GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        name = ctypes.create_string_buffer(256)
+        calls = (
+            cuda.cuInit(0),
+            cuda.cuDeviceGet(ctypes.byref(device), 0),
+            cuda.cuDeviceGetName(name, len(name), device),
+            cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # compute capability, major
+            cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),  # minor
+        )
+    except (OSError, AttributeError):
+        return None
+    if any(calls):
+        return None
+    return Gpu(name.value.decode(), f"{major.value}.{minor.value}", _driver_version())
+
+
+def _driver_version() -> str:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        version = ctypes.create_string_buffer(96)
+        if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(version, len(version)):
+            return ""
+        return version.value.decode()
+    except (OSError, AttributeError):
+        return ""
+
+
+# ---------------------------------------------------------------------------------------- parent and child
+
+
+def _job(bundle: Bundle, graph: GraphInfo, info: EngineInfo, cache: Path | None) -> dict[str, Any]:
+    return {
+        "what": "build", "module": info.module, "onnx": str(bundle.path(graph.file)), "profiles": info.profiles,
+        "targets": list(info.compute_capability), "flags": info.flags,
+        "timing_cache": None if cache is None else str(cache.absolute()),
+    }  # fmt: skip
+
+
+def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, say: Progress) -> EngineInfo:
+    """Build one engine and put it in place with its sidecar, all or nothing -> the finished sidecar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{info.graph}.partial-", dir=path.parent))
+    try:
+        made = scratch / path.name
+        began = time.monotonic()
+        notes = _run_child(job | {"out": str(made.absolute())}, timeout, say)["notes"]
+        for note in notes:
+            say(note)
+        info = replace(
+            info, size=made.stat().st_size, sha256=file_sha256(made), seconds=round(time.monotonic() - began, 2)
+        )
+        sidecar = sidecar_path(made)
+        sidecar.write_text(info.to_json(), encoding="utf-8")
+        # Without a sidecar an engine does not count: at no moment does one describe another's file.
+        sidecar_path(path).unlink(missing_ok=True)
+        os.replace(made, path)
+        os.replace(sidecar, sidecar_path(path))
+        return info
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
+_BOOT = (
+    "import json, sys; job = json.loads(sys.stdin.read()); sys.path[:] = job['sys_path']; "
+    "from arinar.export.engine import child; child(job)"
+)
+
+
+def _run_child(job: dict[str, Any], timeout: float, say: Progress | None = None) -> dict[str, Any]:
+    """Run `child` in a process of its own -> its answer. Raises EngineError for a crash, a time-out or an error."""
+    tail: list[str] = []
+    answer: dict[str, Any] = {}
+
+    def listen(stream: Any) -> None:
+        for line in stream:
+            if not line.startswith(MARK):
+                tail.append(line.strip())
+                del tail[:-5]
+                continue
+            message = json.loads(line[len(MARK) :])
+            if "progress" not in message:
+                answer.update(message)
+            elif say:
+                say(message["progress"])
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    )  # fmt: skip
+    listener = threading.Thread(target=listen, args=(process.stdout,), daemon=True)
+    listener.start()
+    try:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code says so
+            process.stdin.write(json.dumps(job | {"sys_path": sys.path}))
+            process.stdin.close()
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise EngineError(
+                f"it did not finish within {timeout:g} s and was ended; allow it more time, or a lower optimization level"
+            ) from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        listener.join(10)
+    said = f" Last words: {' | '.join(line for line in tail if line)}" if any(tail) else ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        why = "; the machine may be out of memory" if name == "SIGKILL" else ""
+        raise EngineError(f"the builder of {job['module']} crashed with {name}{why}.{said}")
+    if "error" in answer:
+        raise EngineError(answer["error"])
+    if code != 0 or not answer:
+        raise EngineError(f"the builder of {job['module']} ended with exit code {code} and no result.{said}")
+    return answer
+
+
+def child(job: dict[str, Any]) -> None:
+    """The child process: do the job, print the answer."""
+    try:
+        answer = _describe(job) if job["what"] == "probe" else _build_serialized(job)
+    except Exception as error:  # whatever a library raises must reach the parent as a message
+        answer = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, _BuildError) else str(error)}
+    _tell(answer)
+
+
+def _tell(message: dict[str, Any]) -> None:
+    print(f"\n{MARK}{json.dumps(message)}", flush=True)
+
+
+class _BuildError(RuntimeError):
+    """Of the library: parser or builder refused."""
+
+
+def _describe(job: dict[str, Any]) -> dict[str, Any]:
+    trt = importlib.import_module(job["module"])
+    targets = []
+    if hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability"):
+        for name in trt.ComputeCapability.__members__:
+            if match := re.fullmatch(r"SM(\d+)(\d)", name):
+                targets.append(f"{match[1]}.{match[2]}")
+    return {"version": trt.__version__, "targets": targets}
+
+
+def _build_serialized(job: dict[str, Any]) -> dict[str, Any]:
+    """Parse, configure, build, write. Only calls that tensorrt 10, 11 and tensorrt_rtx have in common, or asked for."""
+    trt = importlib.import_module(job["module"])
+    flags: dict[str, Any] = job["flags"]
+    notes: list[str] = []
+    complaints: list[str] = []
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                complaints.append(message.strip())
+
+    log = Log()
+    builder = trt.Builder(log)
+    kinds = trt.NetworkDefinitionCreationFlag
+    # TensorRT 11 and RTX know no other networks than strongly typed ones; 10 must be told.
+    network = builder.create_network(1 << int(kinds.STRONGLY_TYPED) if hasattr(kinds, "STRONGLY_TYPED") else 0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job["onnx"]):
+        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise _BuildError("the parser refused the graph: " + "; ".join(errors or complaints or ["no reason given"]))
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for tensor in inputs:
+        # A shape tensor is read on the host: its value could not change within a recorded CUDA graph.
+        if tensor.is_shape_tensor:
+            raise _BuildError(f"input {tensor.name!r} became a shape tensor; inputs must be data")
+
+    config = builder.create_builder_config()
+    if flags["workspace"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags["workspace"])
+    if flags["optimization_level"] is not None:
+        config.builder_optimization_level = flags["optimization_level"]
+    if not flags["tf32"]:
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; rounds the factors of float32 products to 10 bits
+    if flags["version_compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if job["targets"] and hasattr(config, "set_compute_capability"):
+        config.num_compute_capabilities = len(job["targets"])
+        for index, target in enumerate(job["targets"]):
+            if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"], index):
+                raise _BuildError(f"compute capability {target} was refused: {'; '.join(complaints)}")
+    profile = builder.create_optimization_profile()
+    for name, (low, usual, high) in job["profiles"].items():
+        profile.set_shape(name, tuple(low), tuple(usual), tuple(high))
+    if job["profiles"] and config.add_optimization_profile(profile) < 0:
+        raise _BuildError(f"the shapes {job['profiles']} were refused: {'; '.join(complaints)}")
+    if hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = _monitor(trt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # RTX has timing caches in name only
+        cache = _load_timing_cache(config, job["timing_cache"], notes)
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise _BuildError("the builder refused the graph: " + "; ".join(complaints[-4:] or ["no reason given"]))
+        if cache is not None:
+            _save_timing_cache(config, Path(job["timing_cache"]), notes)
+    with open(job["out"], "wb") as file:
+        file.write(serialized)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"notes": notes}
+
+
+def _monitor(trt: Any) -> Any:
+    """Prints the outermost phases of a build, and how far they are, every few seconds."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.last = time.monotonic()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now, total = time.monotonic(), self.steps.get(phase_name)
+            if total and now - self.last > 5:
+                self.last = now
+                _tell({"progress": f"{phase_name}: {step + 1} of {total}"})
+            return True  # go on
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _load_timing_cache(config: Any, path: str | None, notes: list[str]) -> Any:
+    if path is None:
+        return None
+    if not hasattr(config, "create_timing_cache"):
+        notes.append("this library keeps no timing cache; --timing-cache has no effect")
+        return None
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        notes.append(f"the timing cache {file} does not fit this library and GPU; starting a new one")
+        cache = config.create_timing_cache(b"")
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            return None
+    return cache
+
+
+def _save_timing_cache(config: Any, path: Path, notes: list[str]) -> None:
+    cache = config.get_timing_cache()
+    data = None if cache is None else cache.serialize()
+    if data is None or not len(memoryview(data)):
+        notes.append("this library wrote no timing cache")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(memoryview(data))
+    os.replace(temporary, path)
+
+
+__all__ = ["DEFAULT_BATCH", "Outcome", "axis_ranges", "build_engines", "describe_gpu", "probe", "profiles"]

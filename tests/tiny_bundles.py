@@ -1,0 +1,48 @@
+"""Bundles of tiny random models, in both precisions, exported once per test run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from arinar.config import ArinarConfig, VaeConfig
+from arinar.export.bundle import export_bundle
+from arinar.model import Arinar, initialize
+from arinar.vae import AutoencoderKL
+
+TINY = ArinarConfig(
+    img_size=16, vae_stride=4, vae_embed_dim=4, num_classes=3, buffer_size=2,
+    encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2,
+    inner_width=16, inner_depth=1, inner_heads=2, num_gaussians=2, default_num_iter=4,
+)  # fmt: skip
+TINY_CAUSAL = TINY.replace(outer="causal", encoder_depth=0)
+TINY_VAE = VaeConfig(
+    embed_dim=4, channels=4, channel_multipliers=(1, 1, 2), num_res_blocks=1, encoder_attention_levels=(), norm_groups=2
+)
+
+
+def tiny_model(config: ArinarConfig, seed: int = 0) -> tuple[Arinar, AutoencoderKL]:
+    torch.manual_seed(seed)
+    return initialize(Arinar(config), seed).eval(), AutoencoderKL(TINY_VAE).eval()
+
+
+def tiny_bundle(folder: Path, config: ArinarConfig) -> Path:
+    """The bundle with fp32 and fp16 graphs, made where it is not there yet. Treat it as read-only but for engines."""
+    out, done, lock = (folder / f"tiny-{config.outer}{end}" for end in ("", ".done", ".lock"))
+    while not done.exists():
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            time.sleep(0.5)  # another worker is exporting it
+            continue
+        try:
+            if not done.exists():
+                for precision in ("fp32", "fp16"):
+                    export_bundle(*tiny_model(config), out, precision=precision, overwrite=True)
+                done.touch()
+        finally:
+            lock.unlink()
+    return out
