@@ -130,6 +130,7 @@ def _save(path: Path, kind: str, module: nn.Module, config: dict[str, Any], meta
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(state, temporary, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -43,6 +43,7 @@ def compare(
     reference: list[float] = []
     outer: list[float] = []
     inner: list[float] = []
+    last = 0.0
 
     def follow(record: StepRecord) -> None:
         nonlocal last

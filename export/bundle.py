@@ -19,7 +19,7 @@ from torch import Tensor
 
 import arinar
 from arinar.config import ArinarConfig
-from arinar.mixture_law import NUM_UNIFORMS
+from arinar.mixture_law import NUM_CANDIDATES, NUM_UNIFORMS
 from arinar.model import Arinar, CausalArinar
 from arinar.outer import MaskedOuter
 from arinar.runtime.bundle import (
@@ -33,7 +33,6 @@ from arinar.runtime.bundle import (
     TensorInfo,
     file_info,
 )
-from arinar.sampler import NUM_CANDIDATES
 from arinar.vae import AutoencoderKL
 
 from .compose import compose_inner_token, inner_token_info

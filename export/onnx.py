@@ -196,7 +196,7 @@ def pool_weights(model: onnx.ModelProto, source: Path, store: WeightStore) -> No
     for tensor in model.graph.initializer:
         data = tensor_bytes(tensor, source)
         for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-            tensor.ClearField(field)  # type: ignore[arg-type]
+            tensor.ClearField(field)
         del tensor.external_data[:]
         if len(data) < EXTERNAL_THRESHOLD:
             tensor.data_location = TensorProto.DEFAULT
@@ -212,11 +212,11 @@ def pool_weights(model: onnx.ModelProto, source: Path, store: WeightStore) -> No
 def tensor_bytes(tensor: TensorProto, folder: Path) -> bytes:
     """Raw little-endian content of an initializer, wherever it is kept."""
     if tensor.data_location != TensorProto.EXTERNAL:
-        return tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+        return bytes(tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes())
     entries = {entry.key: entry.value for entry in tensor.external_data}
     with (folder / entries["location"]).open("rb") as file:
         file.seek(int(entries.get("offset", 0)))
-        return file.read(int(entries["length"])) if "length" in entries else file.read()
+        return bytes(file.read(int(entries["length"]) if "length" in entries else -1))
 
 
 def write_model(model: onnx.ModelProto, path: Path) -> None:
@@ -256,14 +256,14 @@ def validate_graph(
                 continue
             scale = max(1.0, float(np.abs(want.astype(np.float64)).max()))
             errors = np.abs(have.astype(np.float64) - want.astype(np.float64))
-            error = float(errors.max() if spec.share == 1 else np.quantile(errors, spec.share))
+            largest = float(errors.max() if spec.share == 1 else np.quantile(errors, spec.share))
             limit = max(1.0, 255 * spec.atol) if want.dtype == np.uint8 else spec.atol * scale
-            if not error <= limit:  # catches NaN too
+            if not largest <= limit:  # catches NaN too
                 raise ExportError(
                     f"graph {spec.name!r}, output {tensor.name!r} at {dict(sizes)}: ONNX Runtime differs from PyTorch "
-                    f"by {error:.3g}; at most {limit:.3g} is allowed"
+                    f"by {largest:.3g}; at most {limit:.3g} is allowed"
                 )
-            worst = max(worst, error)
+            worst = max(worst, largest)
     return worst
 
 

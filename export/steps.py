@@ -152,6 +152,14 @@ class MaskedStep(nn.Module):
     projection and MLP for the predicted positions alone; visible tokens are embedded once for both branches.
     """
 
+    class_table: Tensor
+    encoder_pos_buffer: Tensor
+    encoder_pos: Tensor
+    decoder_pos_buffer: Tensor
+    decoder_pos: Tensor
+    unknown_table: Tensor
+    target_pos: Tensor
+
     def __init__(self, outer: MaskedOuter) -> None:
         super().__init__()
         self.outer, config = outer, outer.config
@@ -204,7 +212,8 @@ class MaskedStep(nn.Module):
         x = self.last_block(outer.decoder_blocks[-1], x, predicted)                           # (GB, P, C)
         z = layer_norm(x, outer.decoder_norm)
         z = z.unflatten(0, (branches, batch)).transpose(1, 2)                                 # (G, P, B, C)
-        return (z + F.embedding(target_positions, self.target_pos)).flatten(0, 2).float()
+        out: Tensor = (z + F.embedding(target_positions, self.target_pos)).flatten(0, 2).float()
+        return out
 
     def per_branch(self, x: Tensor, branches: int, batch: int) -> Tensor:
         """(S, B, C) -> (G * B, S, C)."""
@@ -230,6 +239,11 @@ class MaskedStep(nn.Module):
 
 class CausalPrefill(nn.Module):
     """Class buffer of a causal model: z of the first token, and the cache rows of the buffer."""
+
+    class_table: Tensor
+    prefix_pos: Tensor
+    target_pos: Tensor
+    causal_bias: Tensor
 
     def __init__(self, outer: CausalOuter) -> None:
         super().__init__()
@@ -267,6 +281,10 @@ class CausalStep(nn.Module):
     The cache has a fixed length and is only read: the caller writes the new rows at slot ``buffer + position``
     (so no step copies the cache, on any backend). The position is data, never a shape.
     """
+
+    step_pos: Tensor
+    target_pos: Tensor
+    filled: Tensor
 
     def __init__(self, outer: CausalOuter) -> None:
         super().__init__()
@@ -352,10 +370,14 @@ class InnerCondition(nn.Module):
     """Everything that depends on z alone, once per token instead of once per feature: the start of the sequence and
     the AdaLN modulation of every block and of the head, as one GEMM."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, inner: InnerAR) -> None:
         super().__init__()
         self.inner = inner
-        linears = [block.ada_lin[1] for block in inner.blocks] + [inner.head_nm.ada_lin[1]]  # type: ignore[index]
+        linears: list[nn.Linear] = [block.ada_lin[1] for block in inner.blocks]  # type: ignore[index,misc]
+        linears.append(inner.head_nm.ada_lin[1])  # type: ignore[arg-type]
         self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]))
         self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]))
 
@@ -369,6 +391,8 @@ class InnerCondition(nn.Module):
 
 class InnerStep(nn.Module):
     """One feature: mixture parameters, and the new cache rows."""
+
+    filled: Tensor
 
     def __init__(self, inner: InnerAR) -> None:
         super().__init__()
@@ -420,6 +444,9 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
 
 class TokensToLatents(nn.Module):
     """Finished tokens in generation order -> raster order, and de-normalised latents for the VAE."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, config: ArinarConfig) -> None:
         super().__init__()
