@@ -1,0 +1,291 @@
+"""What quantising a layer means: its ranges, its rounding, and the ONNX nodes that say it. NumPy and onnx.
+
+Calibration (which measures what it would cost) and export (which writes the graphs) build the same nodes from here.
+
+A layer is a matrix product of activations with a constant weight. Everything else (norms, softmax, attention's own
+products, residuals, the draw from the mixture) stays in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.reference
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+Array = npt.NDArray[Any]
+
+#: Precision of a bundle -> how its layers are computed. ``int8`` takes one range per tensor as it runs, so an image then
+#: depends a little on the others of its batch; the other two have ranges written into the graph, and it does not.
+SCHEMES = {
+    "int8": "8-bit integers, activation ranges taken as the graph runs (for CPUs)",
+    "int8-static": "8-bit integers, explicit QuantizeLinear/DequantizeLinear with calibrated ranges",
+    "fp8": "E4M3 floats, explicit QuantizeLinear/DequantizeLinear with calibrated ranges",
+}
+INT8_MAX, FP8_MAX = 127.0, 448.0
+# A layer narrower than this on either side stays in float32: nothing to gain, and the token projection, the feature
+# projection and the mixture head are where rounding hurts most.
+MIN_WIDTH = 32
+TINY = 1e-12  # keeps scales of all-zero channels positive
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantisable product: ``name`` is ``graph/label``, ``node`` the node in the graph, ``weight`` (K, N)."""
+
+    name: str
+    node: str
+    input: str
+    output: str
+    weight: Array
+    bias: str | None = None  # of a Gemm, whose sum is part of the node
+
+    @property
+    def wide(self) -> bool:
+        return bool(min(self.weight.shape) >= MIN_WIDTH)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How to quantise one layer.
+
+    scheme : a key of ``SCHEMES``.
+    absmax : activations are clipped to -absmax..absmax (static schemes); with ``smooth``, after the division.
+    smooth : (K,) or None; channel k of the input is divided by smooth[k] and the weight's row k multiplied by it, which
+        changes nothing but where rounding falls (SmoothQuant, arXiv 2211.10438).
+    """
+
+    scheme: str
+    absmax: float | None = None
+    smooth: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme is {self.scheme!r}; choose one of {', '.join(SCHEMES)}")
+        if self.scheme != "int8" and not (self.absmax is not None and np.isfinite(self.absmax) and self.absmax >= 0):
+            raise ValueError(f"absmax is {self.absmax!r}; {self.scheme} needs a calibrated, finite range")
+
+
+def smooth_scale(channel_absmax: Array, weight: Array, alpha: float = 0.5) -> Array:
+    """SmoothQuant's per-channel divisor: max|x_k|^alpha / max|w_k|^(1-alpha), channel maxima (K,), weight (K, N)."""
+    x = np.maximum(np.asarray(channel_absmax, np.float64), 1e-5)
+    w = np.maximum(np.abs(weight).max(1).astype(np.float64), 1e-5)
+    return np.asarray(np.clip(x**alpha / w ** (1 - alpha), 1e-4, 1e4), np.float32)
+
+
+def quantize_weight(weight: Array, scheme: str) -> tuple[Array, Array]:
+    """weight (K, N) -> values (K, N), int8 or E4M3, and scales (N,): one per output channel, zero point 0."""
+    peak = np.maximum(np.abs(weight).max(0), TINY).astype(np.float32)
+    if scheme == "fp8":
+        import ml_dtypes
+
+        scale = (peak / np.float32(FP8_MAX)).astype(np.float32)
+        return (weight / scale).astype(ml_dtypes.float8_e4m3fn), scale
+    scale = (peak / np.float32(INT8_MAX)).astype(np.float32)
+    return np.clip(np.round(weight / scale), -INT8_MAX, INT8_MAX).astype(np.int8), scale
+
+
+def layer_bytes(layer: Layer, scheme: str | None) -> int:
+    """Size of a layer's weight: quantised, or (None) in float32."""
+    rows, columns = layer.weight.shape
+    return int(rows * columns * (4 if scheme is None else 1) + (0 if scheme is None else 4 * columns))
+
+
+class Graph:
+    """An ONNX model, its initializers' values read on demand, its layers, and copies with some of them quantised."""
+
+    def __init__(self, model: ModelProto, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        self.name = model.graph.name
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._producers = {output: node for node in model.graph.node for output in node.output}
+        self.layers = self._find_layers()
+
+    @classmethod
+    def load(cls, path: Path) -> Graph:
+        return cls(onnx.load(path, load_external_data=False), path.parent)
+
+    def _find_layers(self) -> dict[str, Layer]:
+        found: list[tuple[str | None, NodeProto, Array, str | None]] = []
+        for node in self.model.graph.node:
+            if node.op_type not in ("MatMul", "Gemm"):
+                continue
+            weight = self.constant(node.input[1])
+            if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
+                continue
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
+                continue
+            if attributes.get("transB", 0):
+                weight = np.ascontiguousarray(weight.T)
+            bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+            found.append((self._label(node), node, weight, bias))
+        layers: dict[str, Layer] = {}
+        for index, (label, node, weight, bias) in enumerate(found):
+            following = next((other for other, *_ in found[index + 1 : index + 2]), None)
+            if label is None and following and following.endswith(".attn.proj"):
+                label = following.removesuffix("proj") + "qkv"  # its bias is put together in the graph
+            label = base = label or node.name
+            number = 1
+            while f"{self.name}/{label}" in layers:
+                number += 1
+                label = f"{base}#{number}"
+            name = f"{self.name}/{label}"
+            layers[name] = Layer(name, node.name, node.input[0], node.output[0], weight, bias)
+        return layers
+
+    def _label(self, node: NodeProto) -> str | None:
+        """The name that the layer has in the model, from its weight's or bias's initializer."""
+        names: list[str] = [*self._roots(node.input[1]), *node.input[2:]]
+        for other in self.model.graph.node:
+            if other.op_type == "Add" and node.output[0] in other.input:
+                names += [name for name in other.input if name in self._initializers]
+        for name in names:
+            for suffix in (".weight", ".bias"):
+                if name.endswith(suffix):
+                    return name.removesuffix(suffix).removeprefix("outer.").removeprefix("inner.")
+        # `inner_condition` joins the modulations of all blocks into one layer, a buffer called "weight".
+        return "modulation" if "weight" in names else None
+
+    def _roots(self, name: str) -> list[str]:
+        if name in self._initializers:
+            return [name]
+        node = self._producers.get(name)
+        return [] if node is None else [root for item in node.input for root in self._roots(item)]
+
+    def constant(self, name: str) -> Array | None:
+        """Value of a tensor that is an initializer, or computed from initializers alone; else None."""
+        if name in self._initializers:
+            return np.asarray(numpy_helper.to_array(self._initializers[name], base_dir=str(self.folder)))
+        nodes = self._constant_nodes(name)
+        if not nodes:
+            return None
+        needed = {item for node in nodes for item in node.input} & self._initializers.keys()
+        tensors = [numpy_helper.from_array(self.constant(item), item) for item in sorted(needed)]
+        graph = helper.make_graph(nodes, "constant", [], [helper.make_empty_tensor_value_info(name)], tensors)
+        model = helper.make_model(graph, opset_imports=self.model.opset_import)
+        return np.asarray(onnx.reference.ReferenceEvaluator(model).run(None, {})[0])
+
+    def _constant_nodes(self, name: str) -> list[NodeProto]:
+        """The nodes that compute ``name`` from initializers, in order; empty where anything else is involved."""
+        node = self._producers.get(name)
+        if node is None:
+            return []
+        nodes: list[NodeProto] = []
+        for item in node.input:
+            if item and item not in self._initializers:
+                inner = self._constant_nodes(item)
+                if not inner:
+                    return []
+                nodes += [other for other in inner if other not in nodes]
+        return [*nodes, node]
+
+    def quantized(self, plans: Mapping[str, LayerPlan]) -> ModelProto:
+        """A copy of the model in which the layers named in ``plans`` are quantised.
+
+        New weights are inside the model, the others still refer to the files they came from. Raises ValueError for a
+        layer that the graph does not have.
+        """
+        for name in plans:
+            if name not in self.layers:
+                raise ValueError(f"graph {self.name!r} has no layer {name!r}; it has {', '.join(self.layers)}")
+        by_node = {self.layers[name].node: (self.layers[name], plan) for name, plan in plans.items()}
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        build = _Rewriter()
+        for node in self.model.graph.node:
+            if node.name in by_node:
+                build.layer(*by_node[node.name])
+            else:
+                build.nodes.append(node)
+        del model.graph.node[:]
+        model.graph.node.extend(build.nodes)
+        model.graph.initializer.extend(build.initializers.values())
+        del model.graph.value_info[:]
+        remove_unused(model)
+        return model
+
+
+def remove_unused(model: ModelProto) -> None:
+    """Drop nodes whose results nobody reads, then initializers."""
+    needed = {value.name for value in model.graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    kept.reverse()
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.extend(initializers)
+
+
+class _Rewriter:
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self._rounded: dict[str, tuple[str, str, str]] = {}  # input -> its integers, step and zero point
+
+    def constant(self, value: Array, name: str) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def layer(self, layer: Layer, plan: LayerPlan) -> None:
+        prefix = f"{layer.node}/"
+        x, weight = layer.input, layer.weight
+        if plan.smooth is not None:
+            smooth = np.asarray(plan.smooth, np.float32)
+            x = self.node("Mul", [x, self.constant(1 / smooth, f"{prefix}smooth")], f"{prefix}smoothed")
+            weight = weight * smooth[:, None]
+        values, scale = quantize_weight(weight, plan.scheme)
+        kept = self.constant(values, f"{prefix}weight")
+        scales = self.constant(scale, f"{prefix}weight.scale")
+        target = layer.output if layer.bias is None else f"{prefix}product"
+        if plan.scheme == "int8":
+            self._dynamic(prefix, x, kept, scales, target)
+        else:
+            self._static(prefix, x, kept, scales, values.dtype, plan, target)
+        if layer.bias is not None:
+            self.node("Add", [target, layer.bias], layer.output)
+
+    def _dynamic(self, prefix: str, x: str, weight: str, scales: str, output: str) -> None:
+        """The pattern that ONNX Runtime fuses into one kernel. Layers that read the same input share its rounding."""
+        if x not in self._rounded:
+            self._rounded[x] = (f"{prefix}values", f"{prefix}step", f"{prefix}zero")
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], self._rounded[x], name=f"{prefix}values"))
+        values, step, zero = self._rounded[x]
+        product = self.node("MatMulInteger", [values, weight, zero], f"{prefix}integer")
+        real = self.node("Cast", [product], f"{prefix}float", to=TensorProto.FLOAT)
+        self.node("Mul", [real, self.node("Mul", [step, scales], f"{prefix}scales")], output)
+
+    def _static(
+        self, prefix: str, x: str, weight: str, scales: str, dtype: npt.DTypeLike, plan: LayerPlan, output: str
+    ) -> None:
+        absmax = plan.absmax
+        assert absmax is not None
+        top = FP8_MAX if plan.scheme == "fp8" else INT8_MAX
+        step = self.constant(np.array(max(absmax, TINY) / top, np.float32), f"{prefix}input.scale")
+        zero = self.constant(np.zeros((), dtype), f"quantization/{plan.scheme}.zero")
+        values = self.node("QuantizeLinear", [x, step, zero], f"{prefix}quantized")
+        real = self.node("DequantizeLinear", [values, step, zero], f"{prefix}dequantized")
+        columns = self.initializers[scales].dims[0]
+        zeros = self.constant(np.zeros(columns, dtype), f"quantization/{plan.scheme}.zeros.{columns}")
+        matrix = self.node("DequantizeLinear", [weight, scales, zeros], f"{prefix}matrix", axis=1)
+        self.node("MatMul", [real, matrix], output)
+
+
+def total_bytes(layers: Iterable[Layer], plans: Mapping[str, LayerPlan]) -> int:
+    """Size of all layers' weights under a precision map."""
+    return sum(layer_bytes(layer, plans[layer.name].scheme if layer.name in plans else None) for layer in layers)

@@ -1,0 +1,304 @@
+"""Fewer bits: variants of a bundle's fp32 graphs whose layers compute in 8 bits. Needs no checkpoint.
+
+- ``int8``: ranges taken as the graph runs (DynamicQuantizeLinear, MatMulInteger), for CPUs; needs no calibration.
+- ``int8-static``, ``fp8``: explicit QuantizeLinear/DequantizeLinear, symmetric, zero point 0, weights per output
+  channel; ranges from a calibration file. ONNX Runtime runs them, TensorRT builds them.
+
+`inner_token` is composed again from the quantised parts, so it cannot drift from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from arinar.mixture_law import NUM_UNIFORMS
+from arinar.model import Arinar
+from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, smooth_scale
+from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
+from arinar.vae import AutoencoderKL
+
+from .bundle import _merge, _replace_folder, _scratch, weights_sha256, write_manifest
+from .compose import compose_inner_token
+from .onnx import Array, ExportError, WeightStore, pool_weights, write_model
+
+Progress = Callable[[str], None]
+CALIBRATION_KIND, CALIBRATION_VERSION = "arinar calibration", 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration file: the model it belongs to (SHA-256 by file), ranges by layer, a precision map by precision."""
+
+    path: Path
+    model: dict[str, str]
+    layers: dict[str, Any]
+    maps: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Raises ExportError for what is not a calibration file of this version."""
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["kind"] != CALIBRATION_KIND:
+                raise KeyError("kind")
+            version = data["format_version"]
+            made = cls(path, dict(data["settings"]["model"]), dict(data["layers"]), dict(data["maps"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{path} is not a calibration file ({error!r}); `arinar calibrate` writes one") from error
+        if version != CALIBRATION_VERSION:
+            raise ExportError(f"{path} has format version {version}; this version reads {CALIBRATION_VERSION}: calibrate again")
+        return made
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise ExportError unless this calibration was made on the bundle's fp32 graphs."""
+        for name, digest in self.model.items():
+            info = bundle.manifest.files.get(name)
+            if info is None or info.sha256 != digest:
+                have = "no such file" if info is None else f"SHA-256 {info.sha256[:12]}..."
+                raise ExportError(
+                    f"{self.path} was calibrated on another model: it says {name} is {digest[:12]}..., the bundle has "
+                    f"{have}. Calibrate this bundle: `arinar calibrate {bundle.folder} --out {self.path.name}`"
+                )
+
+    def plan(self, layer: Layer, scheme: str, entry: Mapping[str, Any]) -> LayerPlan:
+        smooth = None
+        if "smooth_alpha" in entry:
+            channels = np.array(self.layers[layer.name]["absmax_per_channel"])
+            smooth = smooth_scale(channels, layer.weight, float(entry["smooth_alpha"]))
+        return LayerPlan(scheme, entry.get("absmax"), smooth)
+
+    def plans(self, scheme: str, layers: Mapping[str, Layer]) -> dict[str, LayerPlan]:
+        """The precision map that the budget search chose. Raises ExportError where it made none for this precision."""
+        if scheme not in self.maps:
+            raise ExportError(
+                f"{self.path} has no map for {scheme}; it has {', '.join(self.maps) or 'none'}. "
+                f"`arinar calibrate --precision {scheme}` makes one"
+            )
+        chosen = self.maps[scheme]["quantized"]
+        unknown = sorted(set(chosen) - set(layers))
+        if unknown:
+            raise ExportError(f"{self.path} names layers that the bundle does not have: {', '.join(unknown)}")
+        return {name: self.plan(layers[name], scheme, entry) for name, entry in chosen.items()}
+
+
+def layer_graphs(manifest: Manifest) -> list[str]:
+    """Names of the fp32 graphs whose layers are quantised; `inner_token` is composed of them."""
+    names = ("outer_prefill", "outer_step", "inner_condition", "inner_step")
+    return [name for name in names if name in manifest.precision_graphs("fp32")]
+
+
+def default_plans(
+    precision: str, layers: Mapping[str, Layer], ranges: Mapping[str, float] | None = None
+) -> dict[str, LayerPlan]:
+    """Every layer that is wide enough, with given ranges (largest magnitude by layer) where the precision needs them."""
+    wide = {name: layer for name, layer in layers.items() if layer.wide}
+    if precision == "int8":
+        return {name: LayerPlan(precision) for name in wide}
+    if ranges is None:
+        raise ExportError(
+            f"precision {precision} needs ranges: `arinar calibrate BUNDLE --out calib.json`, then --calibration calib.json"
+        )
+    return {name: LayerPlan(precision, ranges[name]) for name in wide}
+
+
+def quantize_bundle(
+    bundle: str | os.PathLike[str],
+    precision: str,
+    calibration: str | os.PathLike[str] | Calibration | None = None,
+    *,
+    plans: Mapping[str, LayerPlan] | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Add a quantised variant to a bundle that holds fp32 graphs.
+
+    Parameters
+    ----------
+    bundle : folder of the bundle; changed only when every new graph has passed.
+    precision : "int8", "int8-static" or "fp8".
+    calibration : file of `arinar calibrate`, whose precision map is used. Needed except for int8, which without one
+        quantises every layer that is wide enough.
+    plans : how to quantise which layer, instead of what ``calibration`` says.
+    name : of the variant in the bundle; default the precision.
+    overwrite : replace an existing variant.
+
+    Raises
+    ------
+    ValueError, BundleError : bad arguments, or a bundle without fp32 graphs. ExportError : the calibration is missing,
+    damaged or another model's, or a quantised graph does not run.
+    """
+    if precision not in SCHEMES:
+        raise ValueError(f"precision is {precision!r}; quantised precisions are {', '.join(SCHEMES)}")
+    say, variant = progress or (lambda line: None), name or precision
+    opened = Bundle.open(bundle)
+    manifest, folder = opened.manifest, opened.folder
+    infos = manifest.precision_graphs("fp32")
+    if variant in manifest.graphs and not overwrite:
+        raise BundleError(f"{folder} already holds {variant} graphs; pass --overwrite to replace them")
+    opened.verify(sorted({file for info in infos.values() for file in (info.file, *info.weights)}))
+    graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(manifest)}
+    layers = {key: layer for graph in graphs.values() for key, layer in graph.layers.items()}
+    used: Calibration | None = None
+    if plans is None:
+        if calibration is not None:
+            used = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
+            used.check(opened)
+            plans = used.plans(precision, layers)
+        else:
+            plans = default_plans(precision, layers)
+    say(f"{variant}: {len(plans)} of {len(layers)} layers in {SCHEMES[precision]}")
+
+    with _scratch(folder) as scratch:
+        target = scratch / "graphs" / variant
+        target.mkdir(parents=True)
+        made = _write(opened, graphs, plans, target, say)
+        files = {path.relative_to(scratch).as_posix(): file_info(path) for path in sorted(target.iterdir())}
+        prefix = f"graphs/{variant}/"
+        entries = dict(infos)  # what has no layers is shared with fp32
+        for key, error in _validate(opened, made, target).items():
+            say(f"checked {key}: largest difference from fp32 {error:.2g}")
+            stored = onnx.load(made[key], load_external_data=False)
+            external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in stored.graph.initializer)
+            entries[key] = replace(
+                infos[key], file=prefix + made[key].name, weights=(f"{prefix}weights.data",) if external else (),
+                max_abs_err=float(np.format_float_positional(error, 3, fractional=False)),
+            )  # fmt: skip
+        origin = {"layers": len(plans), "scheme": precision}
+        if used is not None:
+            origin["calibration_sha256"] = file_info(used.path).sha256
+        added = replace(
+            manifest, graphs={variant: entries}, files=files,
+            provenance={"quantization": dict(manifest.provenance.get("quantization", {})) | {variant: origin}},
+        )  # fmt: skip
+        merged = _merge(manifest, added)
+        _replace_folder(target, folder / "graphs" / variant)
+        write_manifest(folder, merged)
+    say(f"{folder}: {variant}, {sum(info.size for info in files.values()) / 1e6:.1f} MB beside fp32")
+    return merged
+
+
+def check_weights(bundle: Bundle, model: Arinar, vae: AutoencoderKL) -> None:
+    """Raise BundleError where a bundle's fp32 graphs are not those of a model and its VAE."""
+    origin = bundle.manifest.provenance
+    for key, module in (("weights_sha256", model), ("vae_weights_sha256", vae)):
+        if origin.get(key, weights_sha256(module)) != weights_sha256(module):
+            raise BundleError(f"{bundle.folder} is a bundle of another model ({key} differs); choose another output folder")
+
+
+def _write(
+    bundle: Bundle, graphs: Mapping[str, Graph], plans: Mapping[str, LayerPlan], target: Path, say: Progress
+) -> dict[str, Path]:
+    """Quantised graphs, and `inner_token` composed of them -> their paths."""
+    config, infos = bundle.manifest.config, bundle.manifest.graphs["fp32"]
+    store = WeightStore(target / "weights.data")
+    models: dict[str, onnx.ModelProto] = {}
+    paths = {}
+    try:
+        for name, graph in graphs.items():
+            model = graph.quantized({layer: plan for layer, plan in plans.items() if layer in graph.layers})
+            pool_weights(model, graph.folder, store)
+            models[name] = model
+        for guided in (False, True):
+            drawn = Graph.load(bundle.path(infos["mixture_sample_guided" if guided else "mixture_sample"].file))
+            pool_weights(drawn.model, drawn.folder, store)
+            composed = compose_inner_token(
+                models["inner_condition"], models["inner_step"], drawn.model, config, guided=guided,
+                num_uniforms=NUM_UNIFORMS,
+            )  # fmt: skip
+            models[composed.graph.name] = composed
+    finally:
+        store.close()
+    for name, model in models.items():
+        paths[name] = target / f"{name}.onnx"
+        write_model(model, paths[name])
+    return paths
+
+
+def _validate(bundle: Bundle, paths: Mapping[str, Path], folder: Path) -> dict[str, float]:
+    """Check each graph and run it in ONNX Runtime beside its fp32 form -> largest difference of its first output.
+
+    Raises ExportError for a graph that does not load, run, or give finite values.
+    """
+    errors = {}
+    for name, path in paths.items():
+        info = bundle.manifest.graphs["fp32"][name]
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+            feed = example_feed(bundle, info)
+            have, want = _run(path, info, feed), _run(bundle.path(info.file), info, feed)
+        except ExportError:
+            raise
+        except Exception as error:  # the checker and ONNX Runtime have exception types of their own
+            raise ExportError(f"the quantised graph {name!r} does not run: {error}") from error
+        for tensor, value in zip(info.outputs, have, strict=True):
+            if not np.isfinite(value).all():
+                raise ExportError(f"the quantised graph {name!r} makes values that are not finite in {tensor.name!r}")
+        errors[name] = float(np.abs(have[0].astype(np.float64) - want[0]).max())
+    return errors
+
+
+def _run(path: Path, info: GraphInfo, feed: Mapping[str, Array]) -> list[Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return list(session.run([tensor.name for tensor in info.outputs], dict(feed)))
+
+
+def example_feed(bundle: Bundle, info: GraphInfo, rows: int = 3, seed: int = 0) -> dict[str, Array]:
+    """Random inputs of a graph: ids and positions in range, uniforms in [0, 1), the rest standard normal."""
+    config = bundle.manifest.config
+    rng = np.random.default_rng(seed)
+    middle = config.seq_len // 2
+    sizes = {
+        "V": config.seq_len - middle - 1, "P": 1, "U": middle, "G": 2, "B": rows, "S": config.token_dim, "M": rows,
+        "N": 2 * rows if info.name == "inner_token_guided" else rows,
+    }  # fmt: skip
+    positions = config.token_dim if info.name == "inner_step" else config.seq_len - 1
+    upper = {"labels": config.num_classes, "rows": 1, "position": positions}
+    feed: dict[str, Array] = {}
+    for tensor in info.inputs:
+        shape = tuple(d if isinstance(d, int) else sizes[d] for d in tensor.shape)
+        if np.dtype(tensor.dtype).kind in "iu":
+            low = -1 if tensor.name == "labels" else 0
+            feed[tensor.name] = rng.integers(low, upper.get(tensor.name, config.seq_len), shape).astype(tensor.dtype)
+        elif tensor.name == "uniforms":
+            feed[tensor.name] = rng.random(shape).astype(tensor.dtype)
+        elif tensor.name in ("guidance_scale", "temperature"):
+            feed[tensor.name] = np.ones(shape, tensor.dtype)
+        else:
+            feed[tensor.name] = rng.standard_normal(shape).astype(tensor.dtype)
+    return feed
+
+
+def variant_bytes(bundle: Bundle, precision: str, names: Iterable[str] | None = None) -> int:
+    """Bytes of weights that a variant's graphs refer to or hold (the VAE left out), each stored tensor once."""
+    infos = bundle.manifest.precision_graphs(precision)
+    seen: dict[tuple[str, int], int] = {}
+    inline = 0
+    for name, info in infos.items():
+        if name.startswith(("vae_", "inner_token")) or (names is not None and name not in names):
+            continue
+        model = onnx.load(bundle.path(info.file), load_external_data=False)
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                place = (f"{Path(info.file).parent}/{entries['location']}", int(entries.get("offset", 0)))
+                seen[place] = int(entries["length"])
+            else:
+                inline += tensor.ByteSize()
+    return inline + sum(seen.values())
+
+
+__all__ = ["Calibration", "check_weights", "default_plans", "layer_graphs", "quantize_bundle", "variant_bytes"]
