@@ -68,7 +68,7 @@ def test_arguments_change_the_result(pipeline: Pipeline) -> None:
     base = pixels(pipeline.generate([5, 6], seed=0))
     assert (pixels(pipeline.generate([5, 6], seed=1)) != base).any()
     assert (pixels(pipeline.generate([5, 6], seed=0, temperature=0.7)) != base).any()
-    assert (pixels(pipeline.generate([5, 6], seed=0, guidance_scale=4.0)) != base).any()
+    assert (pixels(pipeline.generate([5, 6], seed=0, guidance_scale=2.0)) != base).any()
     assert (pixels(pipeline.generate([5, 6], seed=0, cfg_schedule="constant")) != base).any()
 
 
