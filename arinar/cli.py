@@ -16,6 +16,8 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
+    from arinar.runtime import Pipeline
+
     from .checkpoint import CheckpointInfo
     from .model import Arinar
     from .vae import AutoencoderKL
@@ -146,6 +148,22 @@ def _load_models(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: in
         vae = checkpoint
     model = load_arinar(checkpoint, ema=not no_ema, inner_heads=inner_heads)
     return model, load_vae(vae)
+
+
+def _inspected(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int | None) -> dict[str, Any]:
+    """Provenance of a checkpoint, read for the purpose."""
+    from .checkpoint import inspect_checkpoint
+
+    info = inspect_checkpoint(checkpoint, ema=False if no_ema else None, inner_heads=inner_heads)
+    return _provenance(checkpoint, vae, info)
+
+
+def _open_pipeline(bundle: Path, backend: str | None, precision: str | None, threads: int | None) -> Pipeline:
+    """Load a bundle with the options that RUNTIME gives."""
+    from arinar.runtime import Pipeline
+
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    return Pipeline.load(bundle, backend=backend, precision=precision, **options)
 
 
 def _provenance(checkpoint: str, vae: str | None, info: CheckpointInfo) -> dict[str, Any]:
@@ -361,13 +379,10 @@ def export(
         raise click.UsageError(f"--calibration is for {', '.join(SCHEMES)}; {precision} has no use for it")
     from arinar.export.bundle import export_bundle
 
-    from .checkpoint import inspect_checkpoint
-
     model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
-    info = inspect_checkpoint(checkpoint, ema=None if not no_ema else False, inner_heads=inner_heads)
     manifest = export_bundle(
         model, autoencoder, out, precision=precision, vae_precision=vae_precision, opset=opset, overwrite=overwrite,
-        provenance=_provenance(checkpoint, vae, info), progress=_say,
+        provenance=_inspected(checkpoint, vae, no_ema, inner_heads), progress=_say,
     )  # fmt: skip
     if as_json:
         click.echo(manifest.to_json(), nl=False)
@@ -385,14 +400,11 @@ def _export_quantized(
         if not out.exists() or not out.samefile(checkpoint):
             raise click.UsageError(f"a precision is added to the bundle itself: -o {checkpoint}")
     else:
-        from .checkpoint import inspect_checkpoint
-
         model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
         if (out / "manifest.json").is_file() and "fp32" in Bundle.open(out).manifest.graphs:
             check_weights(Bundle.open(out), model, autoencoder)
         else:
-            info = inspect_checkpoint(checkpoint, ema=None if not no_ema else False, inner_heads=inner_heads)
-            provenance = _provenance(checkpoint, vae, info)
+            provenance = _inspected(checkpoint, vae, no_ema, inner_heads)
             export_bundle(model, autoencoder, out, opset=opset, provenance=provenance, progress=_say)
     return quantize_bundle(out, precision, calibration, overwrite=overwrite, progress=_say)
 
@@ -489,12 +501,10 @@ def generate(
     """
     from tqdm import tqdm
 
-    from arinar.runtime import Pipeline
     from arinar.runtime.images import contact_sheet, save_png
     from arinar.runtime.worklist import Worklist
 
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    pipeline = _open_pipeline(bundle, backend, precision, threads)
     wanted = [label for label in labels for _ in range(per_label)]
     work = Worklist(pipeline, wanted, out, seed=seed, batch_size=batch_size, overwrite=overwrite, **sampling)
     kept = len(wanted) - len(work.missing)
@@ -549,10 +559,8 @@ def parity(
               arinar parity digits-bundle/ --checkpoint digits --distribution 500 --report report.html
     """
     from arinar.export.parity import parse_thresholds, run_parity
-    from arinar.runtime import Pipeline
 
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    pipeline = _open_pipeline(bundle, backend, precision, threads)
     thresholds = parse_thresholds(limits, pipeline.precision)
     if fid_stats is not None and not distribution:
         raise click.UsageError("--fid-stats is compared by --distribution N: say how many images")
@@ -672,11 +680,9 @@ def bench(
     Example:  arinar bench bundle/ --batch 1,4 --num-iter 64 -o today.json
               arinar bench bundle/ --batch 1,4 --num-iter 64 --against yesterday.json
     """
-    from arinar.runtime import Pipeline
     from arinar.runtime import bench as benchmark
 
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    pipeline = _open_pipeline(bundle, backend, precision, threads)
     report = benchmark.bench(
         pipeline, batches=batches, num_iters=num_iters, guidance_scale=guidance_scale, repeats=repeats,
         progress=_quiet if as_json else _say,

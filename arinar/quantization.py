@@ -19,6 +19,8 @@ import onnx
 import onnx.reference
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from .config import ArinarConfig
+
 Array = npt.NDArray[Any]
 
 #: Precision of a bundle -> how its layers are computed. ``int8`` takes one range per tensor as it runs, so an image then
@@ -95,6 +97,12 @@ def layer_bytes(layer: Layer, scheme: str | None) -> int:
     """Size of a layer's weight: quantised, or (None) in float32."""
     rows, columns = layer.weight.shape
     return int(rows * columns * (4 if scheme is None else 1) + (0 if scheme is None else 4 * columns))
+
+
+def layer_graphs(config: ArinarConfig) -> tuple[str, ...]:
+    """The graphs that hold a model's layers; `inner_token` is composed of them."""
+    outer = ("outer_prefill", "outer_step") if config.outer == "causal" else ("outer_step",)
+    return (*outer, "inner_condition", "inner_step")
 
 
 class Graph:

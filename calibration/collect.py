@@ -21,8 +21,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from arinar.config import ArinarConfig
-from arinar.quantization import Graph
+from arinar.quantization import Graph, layer_graphs
 from arinar.runtime.bundle import Bundle
 from arinar.runtime.loop import Loop
 from arinar.runtime.noise import Noise
@@ -132,12 +131,6 @@ class Recording:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CalibrationError(f"{path} cannot be read ({error}); delete it and calibrate again") from error
         return made
-
-
-def layer_graphs(config: ArinarConfig) -> tuple[str, ...]:
-    """The graphs that hold a model's layers."""
-    outer = ("outer_prefill", "outer_step") if config.outer == "causal" else ("outer_step",)
-    return (*outer, "inner_condition", "inner_step")
 
 
 def model_hashes(bundle: Bundle) -> dict[str, str]:

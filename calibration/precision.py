@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.divergence import mixture_kl
-from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, smooth_scale, total_bytes
+from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
 from arinar.runtime.bundle import Bundle
 
-from .collect import FP16_MAX, CalibrationError, Recording, collect, layer_graphs, open_session
+from .collect import FP16_MAX, CalibrationError, Recording, collect, open_session
 from .ranges import METHODS
 
 Array = npt.NDArray[Any]

@@ -76,6 +76,9 @@ FP16_DRAW_ATOL, FP16_DRAW_SHARE = 0.1, 0.75
 # From here on ONNX has an operator that writes a row into a cache (TensorScatter).
 IN_PLACE_OPSET = 24
 
+# The file beside the graphs of a precision that holds their large weights.
+WEIGHTS_NAME = "weights.data"
+
 # Graphs of the autoencoder. A precision whose VAE stays float32 shares those of fp32, where the bundle has them.
 VAE_GRAPHS = ("vae_decoder", "vae_encoder")
 
@@ -487,7 +490,7 @@ def _write_graphs(
         small_vae = half_precision_vae(vae) if vae_precision == "fp16" else vae
         parts = _tolerant(_parts(half_precision(model), small_vae, num_candidates, opset), vae_precision == "fp16")
     traced = [spec for spec in _traced(parts) if spec.name not in shared]
-    store = WeightStore(folder / "weights.data")
+    store = WeightStore(folder / WEIGHTS_NAME)
     graphs: dict[str, GraphInfo] = dict(shared)
     total = len(traced) + 2
     references: dict[str, Callable[[dict[str, Array]], Sequence[Array]]] = {}
@@ -512,18 +515,25 @@ def _write_graphs(
     for number, spec in enumerate(traced, 1):
         error = validate_graph(paths[spec.name], spec, references.get(spec.name))
         say(f"[{number}/{total}] checked {spec.name}: largest error {error:.2g}")
-        proto = onnx.load(paths[spec.name], load_external_data=False)
-        external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
         graphs[spec.name] = GraphInfo(
             name=spec.name,
-            file=f"graphs/{precision}/{paths[spec.name].name}",
             opset=opset,
             inputs=spec.inputs,
             outputs=spec.outputs,
-            weights=(f"graphs/{precision}/{store.path.name}",) if external else (),
-            max_abs_err=float(np.format_float_positional(error, 3, fractional=False)),
+            **written(paths[spec.name], f"graphs/{precision}/", error),
         )
     return graphs
+
+
+def written(path: Path, prefix: str, error: float) -> dict[str, Any]:
+    """What `GraphInfo` says of a graph's file: where it and its weights lie (``prefix`` in the bundle), its error."""
+    initializers = onnx.load(path, load_external_data=False).graph.initializer
+    external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in initializers)
+    return {
+        "file": prefix + path.name,
+        "weights": (f"{prefix}{WEIGHTS_NAME}",) if external else (),
+        "max_abs_err": float(np.format_float_positional(error, 3, fractional=False)),
+    }
 
 
 def _traced(parts: _Parts) -> list[GraphSpec]:

@@ -21,11 +21,11 @@ import onnx
 
 from arinar.mixture_law import NUM_UNIFORMS
 from arinar.model import Arinar
-from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, smooth_scale
+from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
 from arinar.vae import AutoencoderKL
 
-from .bundle import _merge, _replace_folder, _scratch, weights_sha256, write_manifest
+from .bundle import WEIGHTS_NAME, _merge, _replace_folder, _scratch, weights_sha256, write_manifest, written
 from .compose import compose_inner_token
 from .onnx import Array, ExportError, WeightStore, pool_weights, write_model
 
@@ -90,12 +90,6 @@ class Calibration:
         return {name: self.plan(layers[name], scheme, entry) for name, entry in chosen.items()}
 
 
-def layer_graphs(manifest: Manifest) -> list[str]:
-    """Names of the fp32 graphs whose layers are quantised; `inner_token` is composed of them."""
-    names = ("outer_prefill", "outer_step", "inner_condition", "inner_step")
-    return [name for name in names if name in manifest.precision_graphs("fp32")]
-
-
 def default_plans(
     precision: str, layers: Mapping[str, Layer], ranges: Mapping[str, float] | None = None
 ) -> dict[str, LayerPlan]:
@@ -146,7 +140,7 @@ def quantize_bundle(
     if variant in manifest.graphs and not overwrite:
         raise BundleError(f"{folder} already holds {variant} graphs; pass --overwrite to replace them")
     opened.verify(sorted({file for info in infos.values() for file in (info.file, *info.weights)}))
-    graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(manifest)}
+    graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(manifest.config)}
     layers = {key: layer for graph in graphs.values() for key, layer in graph.layers.items()}
     used: Calibration | None = None
     if plans is None:
@@ -167,12 +161,7 @@ def quantize_bundle(
         entries = dict(infos)  # what has no layers is shared with fp32
         for key, error in _validate(opened, made, target).items():
             say(f"checked {key}: largest difference from fp32 {error:.2g}")
-            stored = onnx.load(made[key], load_external_data=False)
-            external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in stored.graph.initializer)
-            entries[key] = replace(
-                infos[key], file=prefix + made[key].name, weights=(f"{prefix}weights.data",) if external else (),
-                max_abs_err=float(np.format_float_positional(error, 3, fractional=False)),
-            )  # fmt: skip
+            entries[key] = replace(infos[key], **written(made[key], prefix, error))
         origin = {"layers": len(plans), "scheme": precision}
         if used is not None:
             origin["calibration_sha256"] = file_info(used.path).sha256
@@ -191,7 +180,7 @@ def check_weights(bundle: Bundle, model: Arinar, vae: AutoencoderKL) -> None:
     """Raise BundleError where a bundle's fp32 graphs are not those of a model and its VAE."""
     origin = bundle.manifest.provenance
     for key, module in (("weights_sha256", model), ("vae_weights_sha256", vae)):
-        if origin.get(key, weights_sha256(module)) != weights_sha256(module):
+        if key in origin and origin[key] != weights_sha256(module):
             raise BundleError(f"{bundle.folder} is a bundle of another model ({key} differs); choose another output folder")
 
 
@@ -200,7 +189,7 @@ def _write(
 ) -> dict[str, Path]:
     """Quantised graphs, and `inner_token` composed of them -> their paths."""
     config, infos = bundle.manifest.config, bundle.manifest.graphs["fp32"]
-    store = WeightStore(target / "weights.data")
+    store = WeightStore(target / WEIGHTS_NAME)
     models: dict[str, onnx.ModelProto] = {}
     paths = {}
     try:
@@ -301,4 +290,4 @@ def variant_bytes(bundle: Bundle, precision: str, names: Iterable[str] | None = 
     return inline + sum(seen.values())
 
 
-__all__ = ["Calibration", "check_weights", "default_plans", "layer_graphs", "quantize_bundle", "variant_bytes"]
+__all__ = ["Calibration", "check_weights", "default_plans", "quantize_bundle", "variant_bytes"]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle, BundleError
@@ -165,7 +164,3 @@ def open_backend(bundle: Bundle, name: str | None, precision: str, **options: An
             raise BundleError(f"backend {chosen} has no option {option!r}; it has {', '.join(OPTIONS[chosen])}")
         del options[option]
     return BACKENDS[chosen](bundle, precision, options)
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    return np.dtype(name)

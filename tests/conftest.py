@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from once import once
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +28,15 @@ def demo_bundle(shared_folder: Path) -> Callable[[str], Path]:
     """Name of a demo model -> its fp32 bundle. Treat it as read-only: copy it to change it."""
 
     def get(name: str) -> Path:
-        out, lock = shared_folder / f"{name}-bundle", shared_folder / f"{name}.lock"
-        while not out.exists():
-            try:
-                os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                time.sleep(0.5)  # another worker is exporting it
-                continue
+        out = shared_folder / f"{name}-bundle"
+
+        def make() -> None:
             from arinar.checkpoint import load_arinar, load_vae
             from arinar.export.bundle import export_bundle
 
-            try:
-                export_bundle(load_arinar(name), load_vae(name), out)
-            finally:
-                lock.unlink()
+            export_bundle(load_arinar(name), load_vae(name), out)
+
+        once(out, make)
         return out
 
     return get

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from arinar.calibration.collect import layer_graphs, open_session
+from arinar.calibration.collect import open_session
 from arinar.checkpoint import load_arinar
 from arinar.cli import main
 from arinar.export.onnx import ExportError
 from arinar.export.quantize import Calibration, default_plans, example_feed, quantize_bundle, variant_bytes
-from arinar.quantization import FP8_MAX, SCHEMES, Graph, LayerPlan, quantize_weight, smooth_scale
+from arinar.quantization import FP8_MAX, SCHEMES, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
 from arinar.runtime import Pipeline
 from arinar.runtime.bundle import PRECISIONS, Bundle, BundleError
 

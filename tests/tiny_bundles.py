@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import torch
+from once import once
 
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.export.bundle import export_bundle
@@ -31,18 +30,12 @@ def tiny_model(config: ArinarConfig, seed: int = 0) -> tuple[Arinar, Autoencoder
 
 def tiny_bundle(folder: Path, config: ArinarConfig) -> Path:
     """The bundle with fp32 and fp16 graphs, made where it is not there yet. Treat it as read-only but for engines."""
-    out, done, lock = (folder / f"tiny-{config.outer}{end}" for end in ("", ".done", ".lock"))
-    while not done.exists():
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            time.sleep(0.5)  # another worker is exporting it
-            continue
-        try:
-            if not done.exists():
-                for precision in ("fp32", "fp16"):
-                    export_bundle(*tiny_model(config), out, precision=precision, overwrite=True)
-                done.touch()
-        finally:
-            lock.unlink()
+    out, done = folder / f"tiny-{config.outer}", folder / f"tiny-{config.outer}.done"
+
+    def make() -> None:
+        for precision in ("fp32", "fp16"):
+            export_bundle(*tiny_model(config), out, precision=precision, overwrite=True)
+        done.touch()
+
+    once(done, make)
     return out
