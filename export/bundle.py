@@ -36,6 +36,7 @@ from arinar.runtime.bundle import (
 from arinar.vae import AutoencoderKL
 
 from .compose import compose_inner_token, inner_token_info
+from .cpu import cpu_path, write_cpu_form
 from .onnx import (
     DEFAULT_OPSET,
     OPSETS,
@@ -76,7 +77,8 @@ FP16_DRAW_ATOL, FP16_DRAW_SHARE = 0.1, 0.75
 # From here on ONNX has an operator that writes a row into a cache (TensorScatter).
 IN_PLACE_OPSET = 24
 
-# The file beside the graphs of a precision that holds their large weights.
+# The file beside the graphs of a precision that holds their large weights. Those of the autoencoder's graphs lie apart,
+# so that a variant that shares them need not read the rest.
 WEIGHTS_NAME = "weights.data"
 
 # Graphs of the autoencoder. A precision whose VAE stays float32 shares those of fp32, where the bundle has them.
@@ -490,7 +492,7 @@ def _write_graphs(
         small_vae = half_precision_vae(vae) if vae_precision == "fp16" else vae
         parts = _tolerant(_parts(half_precision(model), small_vae, num_candidates, opset), vae_precision == "fp16")
     traced = [spec for spec in _traced(parts) if spec.name not in shared]
-    store = WeightStore(folder / WEIGHTS_NAME)
+    stores: dict[str, WeightStore] = {}
     graphs: dict[str, GraphInfo] = dict(shared)
     total = len(traced) + 2
     references: dict[str, Callable[[dict[str, Array]], Sequence[Array]]] = {}
@@ -501,7 +503,10 @@ def _write_graphs(
         paths = {}
         for number, spec in enumerate(traced, 1):
             say(f"[{number}/{total}] tracing {spec.name}")
-            paths[spec.name] = export_graph(spec, folder, store, opset)
+            name = f"{spec.name}.data" if spec.name in VAE_GRAPHS else WEIGHTS_NAME
+            if name not in stores:
+                stores[name] = WeightStore(folder / name)
+            paths[spec.name] = export_graph(spec, folder, stores[name], opset)
         for number, guided in enumerate((False, True), len(traced) + 1):
             spec, path = _compose(parts, config, folder, guided)
             if precision != "fp32":
@@ -511,9 +516,12 @@ def _write_graphs(
             paths[spec.name] = path
             references[spec.name] = _inner_token_reference(exact, config, guided)
     finally:
-        store.close()
+        for store in stores.values():
+            store.close()
     for number, spec in enumerate(traced, 1):
         error = validate_graph(paths[spec.name], spec, references.get(spec.name))
+        if (cpu := write_cpu_form(paths[spec.name])) is not None:
+            error = max(error, validate_graph(cpu, spec, references.get(spec.name)))
         say(f"[{number}/{total}] checked {spec.name}: largest error {error:.2g}")
         graphs[spec.name] = GraphInfo(
             name=spec.name,
@@ -528,10 +536,13 @@ def _write_graphs(
 def written(path: Path, prefix: str, error: float) -> dict[str, Any]:
     """What `GraphInfo` says of a graph's file: where it and its weights lie (``prefix`` in the bundle), its error."""
     initializers = onnx.load(path, load_external_data=False).graph.initializer
-    external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in initializers)
+    external = [tensor for tensor in initializers if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    locations = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    cpu = cpu_path(path)
     return {
         "file": prefix + path.name,
-        "weights": (f"{prefix}{WEIGHTS_NAME}",) if external else (),
+        "cpu_file": prefix + cpu.name if cpu.exists() else None,
+        "weights": tuple(prefix + location for location in sorted(locations)),
         "max_abs_err": float(np.format_float_positional(error, 3, fractional=False)),
     }
 

@@ -24,8 +24,8 @@ OPSETS = (20, 21, 22, 23, 24)
 DEFAULT_OPSET = 20
 
 # Initializers smaller than this stay inside the .onnx file: shape constants must (the checker and ONNX Runtime read
-# them without external data).
-EXTERNAL_THRESHOLD = 1024
+# them without external data), and graphs that have nothing else then need no other file.
+EXTERNAL_THRESHOLD = 4096
 # Offsets of large tensors are page aligned, so that a runtime can map them.
 PAGE, SMALL_ALIGNMENT = 4096, 64
 PRODUCER = "arinar"

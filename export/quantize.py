@@ -27,6 +27,7 @@ from arinar.vae import AutoencoderKL
 
 from .bundle import WEIGHTS_NAME, _merge, _replace_folder, _scratch, weights_sha256, write_manifest, written
 from .compose import compose_inner_token
+from .cpu import cpu_path, write_cpu_form
 from .onnx import Array, ExportError, WeightStore, pool_weights, write_model
 
 Progress = Callable[[str], None]
@@ -139,7 +140,7 @@ def quantize_bundle(
     infos = manifest.precision_graphs("fp32")
     if variant in manifest.graphs and not overwrite:
         raise BundleError(f"{folder} already holds {variant} graphs; pass --overwrite to replace them")
-    opened.verify(sorted({file for info in infos.values() for file in (info.file, *info.weights)}))
+    opened.verify(sorted({file for info in infos.values() for file in info.files}))
     graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(manifest.config)}
     layers = {key: layer for graph in graphs.values() for key, layer in graph.layers.items()}
     used: Calibration | None = None
@@ -210,6 +211,7 @@ def _write(
     for name, model in models.items():
         paths[name] = target / f"{name}.onnx"
         write_model(model, paths[name])
+        write_cpu_form(paths[name])
     return paths
 
 
@@ -222,9 +224,11 @@ def _validate(bundle: Bundle, paths: Mapping[str, Path], folder: Path) -> dict[s
     for name, path in paths.items():
         info = bundle.manifest.graphs["fp32"][name]
         try:
-            onnx.checker.check_model(str(path), full_check=True)
+            forms = [form for form in (path, cpu_path(path)) if form.exists()]
+            for form in forms:
+                onnx.checker.check_model(str(form), full_check=True)
             feed = example_feed(bundle, info)
-            have, want = _run(path, info, feed), _run(bundle.path(info.file), info, feed)
+            have, want = _run(forms[-1], info, feed), _run(bundle.path(info.file), info, feed)
         except ExportError:
             raise
         except Exception as error:  # the checker and ONNX Runtime have exception types of their own

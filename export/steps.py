@@ -79,16 +79,21 @@ def half_precision_vae(vae: AutoencoderKL) -> AutoencoderKL:
     return half
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least. (float64 stays: only there can a saving be told from a rounding error.)"""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm with float32 statistics, back in the input's dtype."""
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+    weight, bias = wide(norm.weight), wide(norm.bias)
+    return F.layer_norm(wide(x), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Full attention: q (N, H, S, d), k and v (N, H, T, d) -> (N, H, S, d); softmax in float32."""
     scores = (q * scale) @ k.transpose(2, 3)
-    return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+    return torch.softmax(wide(scores), -1).to(v.dtype) @ v
 
 
 def attend_cached(
@@ -100,8 +105,8 @@ def attend_cached(
     MASKED_SCORE for the others -> (N, H, 1, d).
     """
     q = q * scale
-    past_scores = (q @ past_k.transpose(2, 3)).float() + bias                                 # (N, H, 1, S)
-    new_score = (q * k).float().sum(-1, keepdim=True)                                         # (N, H, 1, 1)
+    past_scores = wide(q @ past_k.transpose(2, 3)) + bias                                 # (N, H, 1, S)
+    new_score = wide(q * k).sum(-1, keepdim=True)                                         # (N, H, 1, 1)
     weights = torch.softmax(torch.cat([past_scores, new_score], -1), -1).to(v.dtype)
     return weights[..., :-1] @ past_v + weights[..., -1:] * v
 
@@ -147,9 +152,11 @@ def head_scale(attn: Attention) -> float:
 class MaskedStep(nn.Module):
     """Outer step of a masked model: z at the positions to predict, and at those only.
 
-    Exact savings over the full network: hidden positions enter the decoder as rows of one constant table; positions
-    come in any order (attention does not care), so nothing is scattered; the last decoder block computes queries,
-    projection and MLP for the predicted positions alone; visible tokens are embedded once for both branches.
+    Exact savings over the full network: hidden positions enter the decoder as rows of one constant table, and so do
+    their queries, keys and values in its first block; positions come in any order (attention does not care), so nothing
+    is scattered; the last decoder block computes queries, projection and MLP for the predicted positions alone;
+    visible tokens are embedded once for both branches. Linear layers see matrices (N * S, C), whose bias is part of
+    the product.
     """
 
     class_table: Tensor
@@ -158,6 +165,7 @@ class MaskedStep(nn.Module):
     decoder_pos_buffer: Tensor
     decoder_pos: Tensor
     unknown_table: Tensor
+    unknown_qkv: Tensor
     target_pos: Tensor
 
     def __init__(self, outer: MaskedOuter) -> None:
@@ -170,9 +178,15 @@ class MaskedStep(nn.Module):
         self.register_buffer("encoder_pos", encoder_pos[self.buffer :].detach().clone())
         self.register_buffer("decoder_pos_buffer", decoder_pos[: self.buffer].detach().clone())
         self.register_buffer("decoder_pos", decoder_pos[self.buffer :].detach().clone())
-        unknown = (outer.mask_token[0].float() + decoder_pos[self.buffer :].float()).to(decoder_pos.dtype)
-        self.register_buffer("unknown_table", unknown.detach())
+        unknown = wide(outer.mask_token[0]) + wide(decoder_pos[self.buffer :])
+        self.register_buffer("unknown_table", unknown.to(decoder_pos.dtype).detach())
         self.register_buffer("target_pos", outer.diffusion_pos_embed_learned[0].detach().clone())
+        if len(outer.decoder_blocks) > 1:  # else the first block is the last, whose queries are those of the targets
+            first = outer.decoder_blocks[0]
+            assert isinstance(first, Block)
+            weight, bias = wide(first.attn.qkv.weight), wide(first.attn.qkv.bias)
+            table = F.linear(layer_norm(unknown, first.norm1), weight, bias)                  # (L, 3C)
+            self.register_buffer("unknown_qkv", table.to(decoder_pos.dtype).detach())
 
     def forward(
         self,
@@ -192,38 +206,41 @@ class MaskedStep(nn.Module):
         x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)                  # (GB, V, C)
         prefix = F.embedding(class_rows(labels, self.num_classes), self.class_table).flatten(0, 1)         # (GB, C)
         prefix = layer_norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)       # (GB, buffer, C)
-        x = torch.cat([prefix, x], 1)
+        x = torch.cat([prefix, x], 1)                                                         # (GB, buffer + V, C)
         for block in outer.encoder_blocks:
             x = self.block(block, x)
-        x = outer.decoder_embed(layer_norm(x, outer.encoder_norm))                            # (GB, buffer + V, C)
+        x = rows_linear(layer_norm(x, outer.encoder_norm), outer.decoder_embed)
 
-        unknown = F.embedding(torch.cat([target_positions, hidden_positions]), self.unknown_table)         # (P + U, B, C)
+        unknown = torch.cat([target_positions, hidden_positions])                                          # (P + U, B)
         visible_pos = self.per_branch(F.embedding(visible_positions, self.decoder_pos), branches, batch)
-        x = torch.cat(
-            [
-                self.per_branch(unknown, branches, batch),
-                x[:, :buffer] + self.decoder_pos_buffer,
-                x[:, buffer:] + visible_pos,
-            ],
-            1,
-        )                                                                                     # (GB, S, C), targets first
-        for block in outer.decoder_blocks[:-1]:
-            x = self.block(block, x)
+        known = torch.cat([x[:, :buffer] + self.decoder_pos_buffer, x[:, buffer:] + visible_pos], 1)
+        hidden = self.per_branch(F.embedding(unknown, self.unknown_table), branches, batch)
+        x = torch.cat([hidden, known], 1)                                                     # (GB, S, C), targets first
+        for index, block in enumerate(outer.decoder_blocks[:-1]):
+            assert isinstance(block, Block)
+            qkv = None
+            if index == 0:
+                table = self.per_branch(F.embedding(unknown, self.unknown_qkv), branches, batch)
+                rest = rows_linear(layer_norm(known, block.norm1), block.attn.qkv)
+                qkv = torch.cat([table, rest], 1)                                             # (GB, S, 3C)
+            x = self.block(block, x, qkv)
         x = self.last_block(outer.decoder_blocks[-1], x, predicted)                           # (GB, P, C)
         z = layer_norm(x, outer.decoder_norm)
         z = z.unflatten(0, (branches, batch)).transpose(1, 2)                                 # (G, P, B, C)
-        out: Tensor = (z + F.embedding(target_positions, self.target_pos)).flatten(0, 2).float()
+        out: Tensor = wide((z + F.embedding(target_positions, self.target_pos)).flatten(0, 2))
         return out
 
     def per_branch(self, x: Tensor, branches: int, batch: int) -> Tensor:
         """(S, B, C) -> (G * B, S, C)."""
         return x.transpose(0, 1)[None].expand(branches, -1, -1, -1).flatten(0, 1)
 
-    def block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def block(self, block: nn.Module, x: Tensor, qkv: Tensor | None = None) -> Tensor:
+        """(N, S, C) -> (N, S, C); ``qkv`` (N, S, 3C) where it is known already."""
         assert isinstance(block, Block)
-        q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
-        x = x + merge_heads(block.attn, attend(q, k, v, head_scale(block.attn)))
-        return feed_forward(block, x)
+        if qkv is None:
+            qkv = rows_linear(layer_norm(x, block.norm1), block.attn.qkv)
+        q, k, v = split_heads(block.attn, qkv)
+        return self.finish(block, x, attend(q, k, v, head_scale(block.attn)))
 
     def last_block(self, block: nn.Module, x: Tensor, predicted: int) -> Tensor:
         """(GB, S, C) -> (GB, P, C): keys and values of every position, the rest for the first P."""
@@ -233,8 +250,18 @@ class MaskedStep(nn.Module):
         weight, bias = attn.qkv.weight, attn.qkv.bias
         (q,) = split_heads(attn, F.linear(normed[:, :predicted], weight[:width], bias[:width]))
         k, v = split_heads(attn, F.linear(normed, weight[width:], bias[width:]))
-        x = x[:, :predicted] + merge_heads(attn, attend(q, k, v, head_scale(attn)))
-        return feed_forward(block, x)
+        return self.finish(block, x[:, :predicted], attend(q, k, v, head_scale(attn)))
+
+    def finish(self, block: Block, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: x (N, S, C), attended (N, H, S, d) -> (N, S, C)."""
+        x = x + rows_linear(attended.transpose(1, 2).flatten(2), block.attn.proj)
+        hidden = F.gelu(rows_linear(layer_norm(x, block.norm2), block.mlp.fc1))
+        return x + rows_linear(hidden, block.mlp.fc2)
+
+
+def rows_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """A linear layer on (N, S, C) as one matrix (N * S, C): exported as a Gemm, whose bias costs nothing."""
+    return linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class CausalPrefill(nn.Module):
@@ -267,12 +294,12 @@ class CausalPrefill(nn.Module):
         for block in outer.decoder_blocks:
             assert isinstance(block, Block)
             q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
-            scores = ((q * head_scale(block.attn)) @ k.transpose(2, 3)).float() + self.causal_bias
+            scores = wide((q * head_scale(block.attn)) @ k.transpose(2, 3)) + self.causal_bias
             x = x + merge_heads(block.attn, torch.softmax(scores, -1).to(v.dtype) @ v)
             x = feed_forward(block, x)
             rows += [k, v]
         z = layer_norm(x[:, -1], outer.decoder_norm) + self.target_pos
-        return (z.float(), *rows)
+        return (wide(z), *rows)
 
 
 class CausalStep(nn.Module):
@@ -315,7 +342,7 @@ class CausalStep(nn.Module):
             x = feed_forward(block, x)
             new += [k, v]
         z = layer_norm(x[:, 0], outer.decoder_norm) + F.embedding(position, self.target_pos)
-        return (z.float(), *new)
+        return (wide(z), *new)
 
 
 class CausalStepInPlace(CausalStep):
@@ -343,12 +370,12 @@ class CausalStepInPlace(CausalStep):
             assert isinstance(block, Block)
             q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
             k, v = scatter_rows(past[2 * index], k, slots), scatter_rows(past[2 * index + 1], v, slots)
-            scores = ((q * head_scale(block.attn)) @ k.transpose(2, 3)).float() + bias                     # (N, H, 1, S)
+            scores = wide((q * head_scale(block.attn)) @ k.transpose(2, 3)) + bias                     # (N, H, 1, S)
             x = x + merge_heads(block.attn, torch.softmax(scores, -1).to(v.dtype) @ v)
             x = feed_forward(block, x)
             present += [k, v]
         z = layer_norm(x[:, 0], outer.decoder_norm) + F.embedding(position, self.target_pos)
-        return (z.float(), *present)
+        return (wide(z), *present)
 
 
 def scatter_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
@@ -423,7 +450,7 @@ class InnerStep(nn.Module):
             x = x + gamma2 * block.ffn(modulate(x, scale2, shift2, block.norm_eps))
             new += [k, v]
         x = modulate(x, parts[-2], parts[-1], inner.head_nm.norm_eps)[:, 0]
-        out = F.linear(x.float(), inner.head.weight.float(), inner.head.bias.float())
+        out = F.linear(wide(x), wide(inner.head.weight), wide(inner.head.bias))
         mu, logvar, logits = out.chunk(3, -1)
         return (torch.softmax(logits, -1), mu, logvar, *new)
 
@@ -438,7 +465,7 @@ def inner_heads(block: InnerBlock, x: Tensor) -> list[Tensor]:
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine (float32 statistics), then (1 + scale) and shift."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps).to(x.dtype)
     return normed * (1 + scale) + shift
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -36,8 +37,8 @@ class Backend(Protocol):
     #: True where `launch` returns only when the graph has run (so phases can be timed one by one).
     synchronous: bool
 
-    def prepare(self, *graphs: str) -> None:
-        """Load graphs ahead of their first launch."""
+    def prepare(self, *graphs: str, rows: int | None = None) -> None:
+        """Load graphs ahead of their first launch; ``rows`` is what `parts` will be asked of their launches, if at all."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A zeroed buffer."""
@@ -66,6 +67,29 @@ class Backend(Protocol):
 
     def launch(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Run a graph; its outputs are written into the given buffers."""
+
+    def parts(self, graph: str, rows: int) -> int:
+        """Into how many launches, for `launch_all`, so many independent rows had better be divided: 1 to ``rows``.
+        More than 1 only where buffers are NumPy arrays, which can be sliced along any axis."""
+
+    def launch_all(self, graph: str, jobs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+        """Run a graph on several (inputs, outputs), in any order or at the same time."""
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its affinity, one of the threads that share a core, the quota of its
+    control group (containers)."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            return max(1, min(len(cores), round(int(allowed) / int(period))))
+    return len(cores)
 
 
 def onnxruntime_distribution() -> str | None:

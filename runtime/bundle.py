@@ -43,7 +43,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """One ONNX graph: its file (relative to the bundle), opset, inputs, outputs, and the files with its weights."""
+    """One ONNX graph: its file (relative to the bundle), opset, inputs, outputs, and the files with its weights.
+
+    ``cpu_file`` is the same graph, from the same weights, in the form that ONNX Runtime's CPU kernels run fastest,
+    where that is another one.
+    """
 
     name: str
     file: str
@@ -53,6 +57,12 @@ class GraphInfo:
     weights: tuple[str, ...] = ()
     # Largest error against the step module when it was exported, measured in ONNX Runtime on the CPU.
     max_abs_err: float | None = None
+    cpu_file: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the graph needs, in any form."""
+        return (self.file, *([self.cpu_file] if self.cpu_file else []), *self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -63,6 +73,7 @@ class GraphInfo:
             "outputs": [tensor.to_dict() for tensor in self.outputs],
             "weights": list(self.weights),
             "max_abs_err": self.max_abs_err,
+            "cpu_file": self.cpu_file,
         }
 
     @classmethod
@@ -75,6 +86,7 @@ class GraphInfo:
             outputs=tuple(TensorInfo.from_dict(item) for item in data["outputs"]),
             weights=tuple(str(item) for item in data["weights"]),
             max_abs_err=data.get("max_abs_err"),
+            cpu_file=None if data.get("cpu_file") is None else str(data["cpu_file"]),
         )
 
 
@@ -163,7 +175,7 @@ class Manifest:
             check_relative(name)
         for graphs in manifest.graphs.values():
             for graph in graphs.values():
-                for name in (graph.file, *graph.weights):
+                for name in graph.files:
                     if name not in manifest.files:
                         raise BundleError(f"graph {graph.name!r} needs {name!r}, which the manifest does not list")
         return manifest

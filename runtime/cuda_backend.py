@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +99,17 @@ class CudaBackend:
 
     # Of a subclass.
 
-    def prepare(self, *graphs: str) -> None:
+    def prepare(self, *graphs: str, rows: int | None = None) -> None:
         raise NotImplementedError
+
+    def parts(self, graph: str, rows: int) -> int:
+        return 1
+
+    def launch_all(
+        self, graph: str, jobs: Sequence[tuple[Mapping[str, DeviceBuffer], Mapping[str, DeviceBuffer]]]
+    ) -> None:
+        for inputs, outputs in jobs:
+            self.launch(graph, inputs, outputs)
 
     def _aliases(self, graph: str) -> Mapping[str, str]:
         """Outputs that the library writes in place of an input: output name -> input name."""

@@ -26,7 +26,10 @@ from .noise import Noise
 INNER_MODES = ("fused", "stepwise")
 # Shapes of micro-batches whose buffers (and recorded launches) are kept.
 KEPT_STATES = 4
-# Pixels that the VAE decodes at a time; its activations are the largest tensors of all.
+# Labels whose z of the first step is kept: (L, C) float32 each, 0.8 MB at the published size.
+KEPT_LABELS = 32
+# Pixels that the VAE decodes at a time; its activations are the largest tensors of all (at 256 x 256, a third of a
+# gigabyte each image). A GPU is faster on some at a time, a CPU is not.
 DECODE_PIXELS = 4 * 256 * 256
 
 
@@ -131,15 +134,21 @@ class Loop:
         self.backend, self.graphs, self.config, self.inner = backend, graphs, config, inner
         self.seconds: dict[str, float] = {}
         self._states: dict[tuple[int, int, int], State] = {}
+        # Whether z of a first step, where no token is visible, is computed once per label. (On a GPU it would be a
+        # gather more in a recorded sequence that costs a sixty-fourth less.)
+        self.keep_first_step = backend.synchronous and config.outer == "masked"
+        self._first_z: dict[int, Array] = {}
 
-    def prepare(self, guided: bool) -> None:
-        """Load the graphs that a generation needs."""
+    def prepare(self, guided: bool, batch: int = 1) -> None:
+        """Load the graphs that a generation of micro-batches of this size needs."""
         suffix = "_guided" if guided else ""
-        self.backend.prepare("outer_step", "tokens_to_latents", "vae_decoder")
         if self.config.outer == "causal":
-            self.backend.prepare("outer_prefill")
+            self.backend.prepare("outer_prefill", "outer_step")
+        else:
+            self.backend.prepare("outer_step", rows=batch * (2 if guided else 1))
+        self.backend.prepare("tokens_to_latents", "vae_decoder")
         if self.inner == "fused":
-            self.backend.prepare(f"inner_token{suffix}")
+            self.backend.prepare(f"inner_token{suffix}", rows=batch)
         else:
             self.backend.prepare("inner_condition", "inner_step", f"mixture_sample{suffix}")
 
@@ -278,24 +287,66 @@ class Loop:
             {"tokens": state.tokens, "ranks": state.ranks},
             {"raster": state.raster, "latents": state.latents},
         )
-        chunk = max(1, DECODE_PIXELS // self.config.img_size**2)
+        chunk = 1 if self.backend.synchronous else max(1, DECODE_PIXELS // self.config.img_size**2)
         for first in range(0, state.batch, chunk):
             rows = slice(first, min(first + chunk, state.batch))
             self.backend.launch("vae_decoder", {"latents": state.latents[rows]}, {"images": state.images[rows]})
 
-    def _masked_step(self, state: State, step: Step, z: Any) -> None:
-        order = state.order
-        self.backend.launch(
-            "outer_step",
-            {
-                "visible_tokens": state.tokens[step.masked :],
-                "visible_positions": order[step.masked :],
-                "target_positions": order[step.remaining : step.masked],
-                "hidden_positions": order[: step.remaining],
-                "labels": state.labels,
-            },
-            {"z": z},
+    def _first_step(self, state: State, step: Step, z: Any) -> None:
+        """No token is visible yet: z depends on the label and the position alone, and is kept for the next image."""
+        length, labels = self.config.seq_len, list(dict.fromkeys(state.labels.flatten().tolist()))
+        missing = [label for label in labels if label not in self._first_z]
+        nothing = np.empty((0, 1), np.int64)
+        made = {label: np.empty((length, z.shape[-1]), np.float32) for label in missing}
+        inputs = {
+            "visible_tokens": np.empty((0, 1, self.config.token_dim), np.float32),
+            "visible_positions": nothing,
+            "target_positions": np.arange(length)[:, None],
+            "hidden_positions": nothing,
+        }
+        self.backend.launch_all(
+            "outer_step", [(inputs | {"labels": np.array([[label]])}, {"z": made[label]}) for label in missing]
         )
+        known = {label: made[label] if label in made else self._first_z.pop(label) for label in labels}
+        rows, targets = z.reshape(state.branches, step.count, state.batch, -1), state.order[step.remaining :]
+        for branch in range(state.branches):
+            for image in range(state.batch):
+                rows[branch, :, image] = known[int(state.labels[branch, image])][targets[:, image]]
+        self._first_z |= known  # at the end: most recently used
+        for label in list(self._first_z)[: max(0, len(self._first_z) - KEPT_LABELS)]:
+            del self._first_z[label]
+
+    def forget_first_step(self) -> None:
+        """Drop what is kept of first steps (for measuring an image that is the first of its class)."""
+        self._first_z.clear()
+
+    def _masked_step(self, state: State, step: Step, z: Any) -> None:
+        if self.keep_first_step and step.masked == self.config.seq_len:
+            self._first_step(state, step, z)
+            return
+        branches, batch = state.branches, state.batch
+        inputs = {
+            "visible_tokens": state.tokens[step.masked :],
+            "visible_positions": state.order[step.masked :],
+            "target_positions": state.order[step.remaining : step.masked],
+            "hidden_positions": state.order[: step.remaining],
+        }
+        parts = self.backend.parts("outer_step", branches * batch)
+        if parts == 1:
+            self.backend.launch("outer_step", inputs | {"labels": state.labels}, {"z": z})
+            return
+        rows = z.reshape(branches, step.count, batch, -1)
+        jobs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        targets: list[Any] = []
+        for images in divided(batch, -(-parts // branches)):
+            made = {name: value[:, images] for name, value in inputs.items()}
+            for branch in range(branches):
+                labels = state.labels[branch : branch + 1, images]
+                jobs.append((made | {"labels": labels}, {"z": np.empty((step.count * labels.size, z.shape[-1]), np.float32)}))
+                targets.append(rows[branch, :, images])
+        self.backend.launch_all("outer_step", jobs)
+        for target, (_, made) in zip(targets, jobs, strict=True):
+            target[...] = made["z"].reshape(target.shape)
 
     def _causal_step(self, state: State, step: Step, z: Any) -> None:
         buffer, cache = self.config.buffer_size, state.cache
@@ -320,16 +371,32 @@ class Loop:
         cache.write(buffer + position)
 
     def _inner_fused(self, state: State, step: Step, z: Any) -> None:
-        count = step.count * state.batch
-        inputs = {
-            "z": z,
-            "uniforms": state.uniforms[step.remaining : step.masked].reshape(count, self.config.token_dim, -1),
-            "temperature": state.temperature,
-        }
+        graph = "inner_token_guided" if state.guided else "inner_token"
+        scalars = {"temperature": state.temperature}
         if state.guided:
-            inputs["guidance_scale"] = state.scale(step)
-        target = state.tokens[step.remaining : step.masked].reshape(count, self.config.token_dim)
-        self.backend.launch("inner_token_guided" if state.guided else "inner_token", inputs, {"tokens": target})
+            scalars["guidance_scale"] = state.scale(step)
+        uniforms = state.uniforms[step.remaining : step.masked]                               # (P, B, D, U)
+        target = state.tokens[step.remaining : step.masked]                                   # (P, B, D)
+        parts, features = self.backend.parts(graph, state.batch), self.config.token_dim
+        if parts == 1:
+            count = step.count * state.batch
+            inputs = {"z": z, "uniforms": uniforms.reshape(count, features, -1), **scalars}
+            self.backend.launch(graph, inputs, {"tokens": target.reshape(count, features)})
+            return
+        rows = z.reshape(state.branches, step.count, state.batch, -1)
+        jobs = []
+        for images in divided(state.batch, parts):
+            made = np.empty((step.count * (images.stop - images.start), features), np.float32)
+            jobs.append((
+                {
+                    "z": rows[:, :, images].reshape(-1, z.shape[-1]),
+                    "uniforms": uniforms[:, images].reshape(len(made), features, -1),
+                    **scalars,
+                },
+                {"tokens": made},
+            ))  # fmt: skip
+        self.backend.launch_all(graph, jobs)
+        target[...] = np.concatenate([made["tokens"].reshape(step.count, -1, features) for _, made in jobs], 1)
 
     def _inner_stepwise(self, state: State, step: Step, z: Any) -> None:
         backend, config, inner = self.backend, self.config, state.inner
@@ -378,3 +445,9 @@ class Loop:
 
     def _add_time(self, phase: str, start: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def divided(count: int, parts: int) -> list[slice]:
+    """Nearly equal ranges of ``count`` things, at most ``parts`` of them."""
+    parts = min(count, parts)
+    return [slice(part * count // parts, (part + 1) * count // parts) for part in range(parts)]

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, onnxruntime_distribution
+from .backend import Array, onnxruntime_distribution, usable_cores
 from .bundle import Bundle, BundleError, GraphInfo
+
+Job = tuple[Mapping[str, Array], Mapping[str, Array]]
+
+# Precisions whose ranges are taken over a launch: only rows that are launched apart do not depend on one another.
+DYNAMIC_PRECISIONS = ("int8",)
+# From so many rows per thread on, threads that find no row for the last round are idle for little of the time.
+MANY_ROWS = 4
+# Sequence positions of one launch at most, so that its activations stay few; many more gain nothing.
+LAUNCH_POSITIONS = 1024
+# Graphs of thousands of tiny operations: sharing each of them out costs more than the operation. They run in one thread,
+# several of them side by side.
+SMALL_OPERATIONS = ("inner_token", "inner_token_guided", "mixture_sample", "mixture_sample_guided", "tokens_to_latents")
 
 
 class OnnxRuntimeCpu:
     """Backend whose buffers are NumPy arrays. Sessions are made when a graph is first needed, and kept.
 
+    Independent rows (an image in one guidance branch) run side by side, a few to a launch of one thread, where there
+    are enough of them for all threads: as fast as one launch on all threads, or faster, with the activations of a few
+    rows in memory instead of those of all. Where ranges are taken as a graph runs, every row is a launch of its own, and
+    no image's rounding depends on another.
+
     Parameters
     ----------
-    threads : threads of one graph; None means the number of physical cores that this process may use.
+    threads : cores to use; None means the physical ones that this process may use.
     """
 
     name = "onnxruntime-cpu"
@@ -27,33 +45,42 @@ class OnnxRuntimeCpu:
             raise BundleError("ONNX Runtime is not installed; `pip install arinar[cpu]` (or arinar[gpu]) installs it")
         import onnxruntime
 
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; expected at least 1")
         self._ort = onnxruntime
         self._bundle = bundle
         self._graphs: dict[str, GraphInfo] = bundle.manifest.precision_graphs(precision)
-        self._sessions: dict[str, Any] = {}
-        self._options = onnxruntime.SessionOptions()
-        self._options.log_severity_level = 3
-        if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads is {threads}; expected at least 1")
-            self._options.intra_op_num_threads = threads
+        # (A causal step reads every weight for each row: its rows stay together.)
+        config = bundle.manifest.config
+        self._dynamic = precision in DYNAMIC_PRECISIONS and config.outer == "masked"
+        self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
+        self.threads = threads or usable_cores()
+        self._sessions: dict[tuple[str, int], Any] = {}
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="arinar") if self.threads > 1 else None
 
-    def prepare(self, *graphs: str) -> None:
+    def prepare(self, *graphs: str, rows: int | None = None) -> None:
         for name in graphs:
-            self._session(name)
+            self._session(name, self._threads_of(name, 1 if rows is None else self.parts(name, rows)))
 
-    def _session(self, name: str) -> Any:
-        if name not in self._sessions:
+    def _session(self, name: str, threads: int) -> Any:
+        if (name, threads) not in self._sessions:
             if name not in self._graphs:
                 raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(self._graphs)}")
-            path = self._bundle.path(self._graphs[name].file)
-            try:
-                self._sessions[name] = self._ort.InferenceSession(
-                    str(path), self._options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # ONNX Runtime raises its own, undocumented types
-                raise BundleError(f"ONNX Runtime cannot load graph {name!r} ({path}): {error}") from error
-        return self._sessions[name]
+            options = self._ort.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = threads
+            # An arena keeps what the largest launch needed, per session; freed memory serves them all, no slower.
+            options.enable_cpu_mem_arena = False
+            self._sessions[name, threads] = self._load(name, options)
+        return self._sessions[name, threads]
+
+    def _load(self, name: str, options: Any) -> Any:
+        info = self._graphs[name]
+        path = self._bundle.path(info.cpu_file or info.file)
+        try:
+            return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own, undocumented types
+            raise BundleError(f"ONNX Runtime cannot load graph {name!r} ({path}): {error}") from error
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, dtype)
@@ -80,7 +107,37 @@ class OnnxRuntimeCpu:
         pass
 
     def launch(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        results = self._session(graph).run(list(outputs), dict(inputs))
+        self._run(graph, self._threads_of(graph, 1), (inputs, outputs))
+
+    def parts(self, graph: str, rows: int) -> int:
+        if self._dynamic:
+            return rows
+        if graph in SMALL_OPERATIONS:
+            return min(rows, self.threads)
+        if rows % self.threads and rows < MANY_ROWS * self.threads:
+            return 1
+        needed = -(-rows // self._rows_per_launch)
+        return min(rows, -(-needed // self.threads) * self.threads)
+
+    def _threads_of(self, graph: str, parts: int) -> int:
+        """Threads of each of so many launches."""
+        return 1 if graph in SMALL_OPERATIONS or parts >= self.threads else self.threads
+
+    def launch_all(self, graph: str, jobs: Sequence[Job]) -> None:
+        threads = self._threads_of(graph, len(jobs))
+        if (graph, threads) not in self._sessions and (graph, 1) in self._sessions:
+            threads = 1  # too few jobs for all threads, this once: not worth another copy of the weights
+        self._session(graph, threads)  # made once, not by each thread
+        if self._pool is None or threads > 1:
+            for job in jobs:
+                self._run(graph, threads, job)
+        else:
+            for _ in self._pool.map(lambda job: self._run(graph, threads, job), jobs):
+                pass
+
+    def _run(self, graph: str, threads: int, job: Job) -> None:
+        inputs, outputs = job
+        results = self._session(graph, threads).run(list(outputs), dict(inputs))
         for (name, target), value in zip(outputs.items(), results, strict=True):
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise FloatingPointError(f"graph {graph!r} made non-finite values in its output {name!r}")

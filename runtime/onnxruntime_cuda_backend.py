@@ -81,7 +81,7 @@ class OnnxRuntimeCuda(CudaBackend):
         # No wait at the end of a run: the loop waits once, when it downloads.
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "0" if wait else "1")
 
-    def prepare(self, *graphs: str) -> None:
+    def prepare(self, *graphs: str, rows: int | None = None) -> None:
         for name in graphs:
             if name not in self._sessions:
                 self._sessions[name] = self._session(name)

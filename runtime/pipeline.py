@@ -88,7 +88,7 @@ class Pipeline:
         precision = precision or default_precision(bundle.manifest)
         graphs = bundle.manifest.precision_graphs(precision)
         if verify:
-            bundle.verify(sorted({name for g in graphs.values() for name in (g.file, *g.weights)}))
+            bundle.verify(sorted({file for name, g in graphs.items() if name != "vae_encoder" for file in g.files}))
         return cls(bundle, open_backend(bundle, backend, precision, **options), precision, inner)
 
     @property
@@ -142,7 +142,7 @@ class Pipeline:
         size = check_batch_size(batch_size, len(ids), config)
 
         guided = scale != 1.0
-        self.loop.prepare(guided)
+        self.loop.prepare(guided, size)
         self.loop.seconds.clear()
         images: list[Image.Image] = []
         tokens: list[Array] = []

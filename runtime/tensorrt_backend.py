@@ -79,7 +79,7 @@ class TensorRt(CudaBackend):
 
     # Engines.
 
-    def prepare(self, *graphs: str) -> None:
+    def prepare(self, *graphs: str, rows: int | None = None) -> None:
         missing = [name for name in graphs if name not in self._engines]
         if not missing:
             return

@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +81,13 @@ def gpu(path: Path, runtime: FakeCudaRuntime, backend: str = "tensorrt", **optio
 
 
 def cpu(path: Path, **options: Any) -> Pipeline:
-    return Pipeline.load(path, backend="onnxruntime-cpu", threads=1, verify=False, **options)
+    """On the CPU what a GPU backend runs: the plain form of every graph, each step of a micro-batch in one launch."""
+    pipeline = Pipeline.load(path, backend="onnxruntime-cpu", threads=1, verify=False, **options)
+    backend: Any = pipeline.backend
+    backend._graphs = {name: replace(info, cpu_file=None) for name, info in backend._graphs.items()}
+    backend.parts = lambda graph, rows: 1
+    pipeline.loop.keep_first_step = False
+    return pipeline
 
 
 def assert_same(have: Any, want: Any) -> None:

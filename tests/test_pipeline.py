@@ -74,19 +74,29 @@ def test_arguments_change_the_result(pipeline: Pipeline) -> None:
 
 def test_without_guidance_no_unconditional_work(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    launch = pipeline.backend.launch
+    run = pipeline.backend._run  # type: ignore[attr-defined]
 
-    def spy(graph: str, inputs, outputs) -> None:  # type: ignore[no-untyped-def]
+    def spy(graph: str, threads: int, job) -> None:  # type: ignore[no-untyped-def]
+        inputs, outputs = job
         if graph == "outer_step":
             rows.append(outputs["z"].shape[0] // (1 if "token" in inputs else inputs["target_positions"].shape[0]))
-        launch(graph, inputs, outputs)
+        run(graph, threads, job)
 
-    monkeypatch.setattr(pipeline.backend, "launch", spy)
-    pipeline.generate([1, 2, 3], guidance_scale=1.0)
-    assert set(rows) == {3}
-    rows.clear()
-    pipeline.generate([1, 2, 3], guidance_scale=2.0)
-    assert set(rows) == {6}
+    monkeypatch.setattr(pipeline.backend, "_run", spy)
+    counts = []
+    for scale in (1.0, 2.0):
+        pipeline.generate([1, 2, 3], guidance_scale=scale, num_iter=16)
+        counts.append(sum(rows))
+        rows.clear()
+    assert counts[1] == 2 * counts[0] > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 6, 16])
+def test_rows_apart_or_together_are_the_same_images(digits_bundle: Path, threads: int) -> None:
+    """Whatever the number of threads makes of a micro-batch: one launch, or one for each image and branch."""
+    want = pixels(Pipeline.load(digits_bundle, threads=1).generate([1, 2, 3], num_iter=5, seed=4))
+    got = pixels(Pipeline.load(digits_bundle, threads=threads).generate([1, 2, 3], num_iter=5, seed=4))
+    assert np.abs(got - want).max() <= 1
 
 
 def test_num_iter(digits_bundle: Path, causal_bundle: Path) -> None:

@@ -148,13 +148,15 @@ def test_dynamic_variant_is_small_and_close(bundle: Path) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
 def test_fused_and_stepwise_inner_loops_agree(bundle: Path, precision: str) -> None:
     fused, stepwise = (Pipeline.load(bundle, precision=precision, inner=inner, threads=1) for inner in ("fused", "stepwise"))
-    ours, theirs = (p.generate([3, 8], num_iter=2, seed=1).tokens for p in (fused, stepwise))
+    # One image: stepwise, int8 takes its ranges over the batch.
+    ours, theirs = (p.generate([3], num_iter=2, seed=1).tokens for p in (fused, stepwise))
     close = np.isclose(ours, theirs, atol=1e-3)
     assert close.mean() > 0.97  # the same integers; float sums in another order may round one the other way
 
 
-def test_static_ranges_keep_images_independent_of_their_batch(bundle: Path) -> None:
-    pipeline = Pipeline.load(bundle, precision="int8-static", threads=1)
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+def test_images_do_not_depend_on_their_batch(bundle: Path, precision: str) -> None:
+    pipeline = Pipeline.load(bundle, precision=precision, threads=1)
     alone = pixels(pipeline, [7], batch_size=4, num_iter=3)
     together = pixels(pipeline, [7, 2, 0, 9], batch_size=4, num_iter=3)
     assert np.array_equal(alone[0], together[0])

@@ -1,0 +1,167 @@
+"""The savings of the step modules are exact: in float64 they agree with the full network to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from test_model import CAUSAL, MASKED, random_model, random_tokens
+
+from arinar.config import ArinarConfig
+from arinar.export.bundle import graph_specs
+from arinar.export.cpu import cpu_form, write_cpu_form
+from arinar.export.onnx import WeightStore, export_graph, validate_graph
+from arinar.export.steps import CausalPrefill, CausalStep, InnerCondition, InnerStep, MaskedStep, cache_slots
+from arinar.model import Arinar, initialize
+from arinar.runtime import Pipeline
+from arinar.runtime.loop import KEPT_LABELS, divided
+from arinar.runtime.onnxruntime_backend import LAUNCH_POSITIONS, OnnxRuntimeCpu
+from arinar.vae import AutoencoderKL
+
+EXACT = 1e-12
+ONE_BLOCK = MASKED.replace(decoder_depth=1)
+
+
+@pytest.mark.parametrize("config", [MASKED, ONE_BLOCK], ids=["two decoder blocks", "one"])
+@pytest.mark.parametrize("visible", [0, 1, 9, 15])
+@pytest.mark.parametrize("branches", [1, 2])
+@torch.no_grad()
+def test_masked_step_is_the_full_network_at_the_predicted_positions(
+    config: ArinarConfig, visible: int, branches: int
+) -> None:
+    model, batch, length = random_model(config), 3, config.seq_len
+    tokens = random_tokens(config, batch)
+    order = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(i)) for i in range(batch)], 1)
+    predicted = max(1, (length - visible) // 2)
+    targets, hidden = order[visible : visible + predicted], order[visible + predicted :]
+    mask = torch.ones(batch, length, dtype=torch.float64).scatter(1, order[:visible].T, 0.0)
+    labels = torch.stack([torch.arange(batch), torch.full((batch,), -1)])[:branches]
+    full = torch.stack([model.condition(tokens, mask, row) for row in labels])                # (G, B, L, C)
+    want = full.transpose(1, 2)[:, targets, torch.arange(batch)]                              # (G, P, B, C)
+
+    by_position = tokens.transpose(0, 1)
+    seen = by_position[order[:visible], torch.arange(batch)]                                  # (V, B, D)
+    z = MaskedStep(model)(seen, order[:visible], targets, hidden, labels)
+    assert z.dtype == torch.float64
+    assert (z.reshape(want.shape) - want).abs().max() < EXACT
+
+
+@torch.no_grad()
+def test_causal_steps_are_the_full_sequence() -> None:
+    model, batch = random_model(CAUSAL), 2
+    config, tokens = model.config, random_tokens(CAUSAL, batch)
+    labels = torch.tensor([1, -1])
+    want = model.condition(tokens, None, labels)                                              # type: ignore[arg-type]
+    heads, width, buffer = config.decoder_heads, config.decoder_width, config.buffer_size
+    shape = (batch, heads, cache_slots(config), width // heads)
+    cache = [torch.zeros(shape, dtype=torch.float64) for _ in range(2 * config.decoder_depth)]
+    z, *rows = CausalPrefill(model)(labels)
+    assert (z - want[:, config.generation_order[0]]).abs().max() < EXACT
+    for past, new in zip(cache, rows, strict=True):
+        past[:, :, :buffer] = new
+    step = CausalStep(model)
+    for index, (known, target) in enumerate(zip(config.generation_order, config.generation_order[1:], strict=False)):
+        z, *rows = step(tokens[:, known], torch.arange(batch), torch.tensor([index]), *cache)
+        assert (z - want[:, target]).abs().max() < EXACT
+        for past, new in zip(cache, rows, strict=True):
+            past[:, :, buffer + index : buffer + index + 1] = new
+
+
+@torch.no_grad()
+def test_inner_steps_are_the_full_sequence() -> None:
+    model = random_model(MASKED)
+    config, rows = model.config, 5
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(rows, config.z_width, generator=generator, dtype=torch.float64)
+    features = torch.randn(rows, config.token_dim, generator=generator, dtype=torch.float64)
+    want = model.mixture(z, features)
+    start, modulation = InnerCondition(model.arhead)(z)
+    shape = (rows, config.inner_heads, config.token_dim, config.inner_width // config.inner_heads)
+    cache = [torch.zeros(shape, dtype=torch.float64) for _ in range(2 * config.inner_depth)]
+    step, previous = InnerStep(model.arhead), torch.zeros(rows, 1, dtype=torch.float64)
+    for position in range(config.token_dim):
+        *mixture, = step(previous, torch.tensor([position]), start, modulation, *cache)
+        for have, full in zip(mixture[:3], want, strict=True):
+            assert (have - full[:, position]).abs().max() < EXACT
+        for past, new in zip(cache, mixture[3:], strict=True):
+            past[:, :, position : position + 1] = new
+        previous = features[:, position : position + 1]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The masked step of a random model, as a graph."""
+    folder = tmp_path_factory.mktemp("graph")
+    store = WeightStore(folder / "weights.data")
+    path = export_graph(spec(), folder, store)
+    store.close()
+    return path
+
+
+def spec():  # type: ignore[no-untyped-def]
+    from test_export import TINY_VAE
+
+    config = MASKED.replace(vae_embed_dim=TINY_VAE.embed_dim)
+    return graph_specs(initialize(Arinar(config), 0).eval(), AutoencoderKL(TINY_VAE).eval())["outer_step"]
+
+
+def test_the_cpu_form_has_one_operator_per_attention_and_the_same_weights(graph: Path) -> None:
+    path = write_cpu_form(graph)
+    assert path is not None and path.name == "outer_step.cpu.onnx"
+    plain, form = (onnx.load(p, load_external_data=False) for p in (graph, path))
+    blocks = MASKED.encoder_depth + MASKED.decoder_depth
+    kinds = [node.op_type for node in form.graph.node]
+    assert kinds.count("Attention") == blocks and "Softmax" not in kinds
+    assert [node.op_type for node in plain.graph.node].count("Softmax") == blocks
+    stored = {t.name: t.SerializeToString() for t in plain.graph.initializer}
+    assert all(stored[t.name] == t.SerializeToString() for t in form.graph.initializer)
+    assert validate_graph(path, spec()) < 1e-5  # at every shape that the plain form is checked at, nothing visible included
+
+
+def test_what_is_not_attention_stays_as_it_is(graph: Path) -> None:
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "Mul":
+            node.op_type = "Div"  # another function of the scores
+    assert cpu_form(model) is None
+
+
+def test_the_first_step_is_kept_per_label(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, plain = Pipeline.load(digits_bundle), Pipeline.load(digits_bundle)
+    plain.loop.keep_first_step = False
+    for labels in ([3], [3, 3, 8], [8, 1]):
+        ours, theirs = (p.generate(labels, num_iter=6, seed=2).tokens for p in (kept, plain))
+        assert np.abs(ours - theirs).max() < 1e-4
+    sizes: list[int] = []
+    launch_all = kept.backend.launch_all
+    monkeypatch.setattr(
+        kept.backend, "launch_all", lambda graph, jobs: (sizes.append(len(jobs)), launch_all(graph, jobs))[1]
+    )
+    kept.generate([1, 3, 8, 8], num_iter=1, guidance_scale=2.0)
+    assert sizes[0] == 0  # nothing of the first step is computed again
+    assert set(kept.loop._first_z) == {-1, 1, 3, 8}
+    kept.loop._first_z = {label: kept.loop._first_z[1] for label in range(100, 100 + KEPT_LABELS)}
+    kept.generate([5], num_iter=1, guidance_scale=2.0)
+    assert len(kept.loop._first_z) == KEPT_LABELS and {5, -1} <= set(kept.loop._first_z)
+
+
+def test_how_rows_are_divided(digits_bundle: Path) -> None:
+    def parts(threads: int, rows: int, graph: str = "outer_step") -> int:
+        backend = Pipeline.load(digits_bundle, threads=threads, verify=False).backend
+        assert isinstance(backend, OnnxRuntimeCpu)
+        return backend.parts(graph, rows)
+
+    assert [parts(2, rows) for rows in (1, 2, 3, 4)] == [1, 2, 1, 2]
+    assert [parts(4, rows) for rows in (2, 4, 6, 8, 17)] == [1, 4, 1, 4, 4]
+    config = Pipeline.load(digits_bundle, verify=False).config
+    fitting = LAUNCH_POSITIONS // (config.buffer_size + config.seq_len)
+    assert parts(2, 10 * fitting) == 10 and parts(2, 3 * fitting + 1) == 4
+    assert [parts(2, rows, "inner_token_guided") for rows in (1, 2, 3, 64)] == [1, 2, 2, 2]
+    for count in range(1, 9):
+        for wanted in range(1, 9):
+            found = divided(count, wanted)
+            assert [i for part in found for i in range(count)[part]] == list(range(count))
+            assert len(found) == min(count, wanted) and all(part.stop > part.start for part in found)
