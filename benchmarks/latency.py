@@ -1,17 +1,19 @@
 """Runtime against the PyTorch reference, step by step in one process, interleaved.
 
-    python -m benchmarks.latency BUNDLE --checkpoint CHECKPOINT --vae VAE --batch 1 --num-iter 64 --json out.json
+    python -m benchmarks.latency BUNDLE --checkpoint CHECKPOINT --vae VAE --precision fp32 --precision int8 --batch 1 --batch 4
+    python -m benchmarks.latency BUNDLE --base          # full size with random weights, if BUNDLE was made by --make-base
+    python -m benchmarks.latency BUNDLE --make-base     # makes such a bundle (fp32 and int8; 3 GB of memory, minutes)
 
 The reference is `arinar.sampler.sample`: the published algorithm in plain eager PyTorch as its authors run it (all positions
 through every block, AdaLN recomputed for each feature, 1000 proposals per guided draw), threads set to the machine. After
-each of its outer steps the runtime does the same step on the same tokens, so that whatever else the machine does slows both
-alike. The ratio of the sums is what counts; the medians of the steps' ratios show the spread.
+each of its outer steps every runtime does the same step on the same tokens, so that whatever else the machine does slows
+all alike. The ratio of the sums is what counts; the quartiles of the steps' ratios show the spread. Every run is one whole
+batch of images that the runtime has not seen: nothing is kept from the image before it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -22,133 +24,188 @@ import numpy as np
 import torch
 
 from arinar.checkpoint import load_arinar, load_vae
-from arinar.config import VaeConfig
-from arinar.model import denormalize, unpatchify
+from arinar.config import PRESETS, VAE_PRESETS
+from arinar.files import check_writable, write_text
+from arinar.model import Arinar, denormalize, initialize, unpatchify
 from arinar.runtime import Noise, Pipeline
-from arinar.runtime.bench import gemm_peak, machine, peak_memory
+from arinar.runtime.backend import usable_cores
+from arinar.runtime.bench import machine
 from arinar.runtime.cost import image_cost
+from arinar.runtime.peaks import onnxruntime_peak
 from arinar.sampler import StepRecord, sample
 from arinar.schedule import steps
-from arinar.vae import to_uint8
+from arinar.vae import AutoencoderKL, to_uint8
+
+DECODE_REPEATS = 3
+
+
+def base_models() -> tuple[Arinar, AutoencoderKL]:
+    """ARINAR-B and the KL-16 autoencoder with random weights."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAE_PRESETS["kl16"]).eval()
+    return initialize(Arinar(PRESETS["base"]), 0).eval(), vae
+
+
+def make_base(folder: Path) -> None:
+    from arinar.export.bundle import export_bundle
+    from arinar.export.quantize import quantize_bundle
+
+    export_bundle(*base_models(), folder, progress=click.echo)
+    quantize_bundle(folder, "int8", progress=click.echo)
 
 
 def compare(
-    pipeline: Pipeline, model: Any, vae: Any, *, batch: int, num_iter: int, guidance_scale: float, seed: int = 0
-) -> dict[str, Any]:
-    """One batch through both -> seconds by phase and the ratio reference / runtime."""
-    config, loop, backend = pipeline.config, pipeline.loop, pipeline.backend
+    pipelines: dict[str, Pipeline], model: Arinar, vae: AutoencoderKL, *, batch: int, num_iter: int, guidance_scale: float,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """One batch through the reference and every pipeline -> per pipeline seconds by phase, and the ratio to the reference.
+
+    The answer has ``reference`` (seconds by phase) and, per pipeline, ``seconds`` by phase and the steps' ``ratios``.
+    """
+    config = model.config
     guided = guidance_scale != 1.0
-    loop.prepare(guided)
     labels = np.arange(batch) % config.num_classes
+    noise = Noise.from_seed(seed, range(batch), config)
+    plan = steps(config.seq_len, num_iter, guidance_scale)
+    states = {}
+    for name, pipeline in pipelines.items():
+        pipeline.loop.prepare(guided, batch)
+        pipeline.loop.forget_first_step()
+        states[name] = pipeline.loop.state(batch, 2 if guided else 1, plan)
+        pipeline.loop.fill(states[name], labels, noise, plan, 1.0)
     reference: list[float] = []
-    outer: list[float] = []
-    inner: list[float] = []
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
     last = 0.0
 
     def follow(record: StepRecord) -> None:
         nonlocal last
         reference.append(time.perf_counter() - last)
         step = record.step
-        start = time.perf_counter()
-        z = loop.outer(state, step)
-        middle = time.perf_counter()
-        loop.draw(state, step, z)
-        inner.append(time.perf_counter() - middle)
-        outer.append(middle - start)
-        rows = record.features.reshape(batch, step.count, -1).transpose(0, 1).numpy()
-        backend.write(state.tokens[step.remaining : step.masked], rows)
+        drawn = record.features.reshape(batch, step.count, -1).transpose(0, 1).numpy()
+        for name, pipeline in pipelines.items():
+            loop, state = pipeline.loop, states[name]
+            start = time.perf_counter()
+            z = loop.outer(state, step)
+            middle = time.perf_counter()
+            loop.draw(state, step, z)
+            taken[name].append((middle - start, time.perf_counter() - middle))
+            pipeline.backend.write(state.tokens[step.remaining : step.masked], drawn)
         last = time.perf_counter()
 
-    noise = Noise.from_seed(seed, range(batch), config)
-    plan = steps(config.seq_len, num_iter, guidance_scale)
-    state = loop.state(batch, 2 if guided else 1, plan)
-    loop.fill(state, labels, noise, plan, 1.0)
     last = time.perf_counter()
     tokens = sample(
         model, torch.from_numpy(labels), guidance_scale=guidance_scale, num_iter=num_iter, seed=seed, record=follow,
         order=torch.from_numpy(noise.order),
     )  # fmt: skip
-    decode_reference, decode_runtime = [], []
-    for _ in range(3):
+    decode: dict[str, list[float]] = {name: [] for name in ("reference", *pipelines)}
+    for _ in range(DECODE_REPEATS):
         start = time.perf_counter()
         with torch.no_grad():
             to_uint8(vae.decode(denormalize(unpatchify(tokens, config.patch_size), config)))
-        middle = time.perf_counter()
-        loop.decode(state)
-        decode_reference.append(middle - start)
-        decode_runtime.append(time.perf_counter() - middle)
-    ours = [a + b for a, b in zip(outer, inner, strict=True)]
-    vae_reference, vae_ours = statistics.median(decode_reference), statistics.median(decode_runtime)
-    total_reference, total = sum(reference) + vae_reference, sum(ours) + vae_ours
-    ratios = sorted(r / o for r, o in zip(reference, ours, strict=True))
+        decode["reference"].append(time.perf_counter() - start)
+        for name, pipeline in pipelines.items():
+            start = time.perf_counter()
+            pipeline.loop.decode(states[name])
+            decode[name].append(time.perf_counter() - start)
+    found: dict[str, Any] = {"reference": {"steps": sum(reference), "vae": statistics.median(decode["reference"])}}
+    for name, pairs in taken.items():
+        outer, inner = (sum(values) for values in zip(*pairs, strict=True))
+        found[name] = {
+            "seconds": {"outer": outer, "inner": inner, "vae": statistics.median(decode[name])},
+            "ratios": [r / sum(pair) for r, pair in zip(reference, pairs, strict=True)],
+        }
+    return found
+
+
+def summary(
+    runs: list[dict[str, Any]], name: str, *, batch: int, num_iter: int, operations: float, peak: float
+) -> dict[str, Any]:
+    """Of several runs of one setting: the median run by its ratio, and the spread."""
+
+    def ratio(run: dict[str, Any]) -> float:
+        return float(sum(run["reference"].values()) / sum(run[name]["seconds"].values()))
+
+    run = sorted(runs, key=ratio)[len(runs) // 2]
+    seconds = {phase: value / batch for phase, value in run[name]["seconds"].items()}
     return {
-        "batch": batch,
-        "num_iter": num_iter,
-        "guidance_scale": guidance_scale,
-        "reference_s_per_image": total_reference / batch,
-        "runtime_s_per_image": total / batch,
-        "ratio": total_reference / total,
-        "step_ratio_quartiles": [ratios[len(ratios) // 4], statistics.median(ratios), ratios[3 * len(ratios) // 4]],
-        "runtime_phases_s": {"outer": sum(outer), "inner": sum(inner), "vae": vae_ours},
-        "reference_phases_s": {"steps": sum(reference), "vae": vae_reference},
-    }
+        "batch": batch, "num_iter": num_iter, "precision": name,
+        "reference_s_per_image": sum(run["reference"].values()) / batch,
+        "runtime_s_per_image": sum(seconds.values()),
+        "ratio": ratio(run), "ratios_of_runs": [ratio(r) for r in runs],
+        "step_ratio_quartiles": np.quantile(run[name]["ratios"], [0.25, 0.5, 0.75]).tolist(),
+        "runtime_phases_s_per_image": seconds,
+        "reference_phases_s_per_image": {phase: value / batch for phase, value in run["reference"].items()},
+        "tera_operations_per_image": operations / 1e12,
+        "floor_s_per_image": operations / peak,
+        "share_of_gemm_peak": operations / peak / sum(seconds.values()),
+        "largest_possible_ratio": sum(run["reference"].values()) / batch / (operations / peak),
+    }  # fmt: skip
 
 
 @click.command()
-@click.argument("bundle")
-@click.option("--checkpoint", required=True)
-@click.option("--vae", required=True)
-@click.option("--precision", default=None)
-@click.option("--batch", multiple=True, type=int, default=(1,), show_default=True)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", help="The model that the bundle was exported from.")
+@click.option("--vae", help="Its autoencoder.")
+@click.option("--base", is_flag=True, help="The bundle is one of --make-base: no checkpoint is needed.")
+@click.option("--make-base", "make", is_flag=True, help="Only make a full-size bundle with random weights.")
+@click.option("--precision", "precisions", multiple=True, help="Variant of the bundle; may be repeated. [default: fp32]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), default=(1,), show_default=True)
 @click.option("--num-iter", type=int, default=64, show_default=True)
 @click.option("--guidance-scale", type=float, default=4.5, show_default=True)
-@click.option("--repeat", type=int, default=1, show_default=True, help="Whole runs; the median is reported.")
-@click.option("--threads", type=int, help="Of both sides. [default: all cores]")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Whole runs; the median is reported.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of all sides. [default: all cores]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    bundle: str, checkpoint: str, vae: str, precision: str | None, batch: tuple[int, ...], num_iter: int,
-    guidance_scale: float, repeat: int, threads: int | None, json_path: Path | None,
+    bundle: Path, checkpoint: str | None, vae: str | None, base: bool, make: bool, precisions: tuple[str, ...],
+    batches: tuple[int, ...], num_iter: int, guidance_scale: float, repeat: int, threads: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Compare the runtime with the PyTorch reference on this machine."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    options = {} if threads is None else {"threads": threads}
-    pipeline = Pipeline.load(bundle, precision=precision, **options)  # type: ignore[arg-type]
-    model, autoencoder = load_arinar(checkpoint), load_vae(vae)
-    peak = gemm_peak()
-    vae_config: VaeConfig = autoencoder.config
+    if make:
+        make_base(bundle)
+        return
+    if not base and not (checkpoint and vae):
+        raise click.UsageError("give --checkpoint and --vae, or --base for a bundle of --make-base")
+    if json_path is not None:
+        check_writable(json_path)
+    threads = threads or usable_cores()
+    torch.set_num_threads(threads)
+    pipelines = {
+        name: Pipeline.load(bundle, precision=name, backend="onnxruntime-cpu", threads=threads)
+        for name in precisions or ("fp32",)
+    }
+    if base:
+        model, autoencoder = base_models()
+    else:
+        assert checkpoint is not None and vae is not None
+        model, autoencoder = load_arinar(checkpoint), load_vae(vae)
+    peaks = {kind: onnxruntime_peak(kind, threads) for kind in ("float32", "int8")}
+    cost = image_cost(model.config, num_iter, guided=guidance_scale != 1.0, vae=autoencoder.config)
     results = []
-    for size in batch:
-        # Warm-up of both: a few steps, then the measured runs.
-        compare(pipeline, model, autoencoder, batch=size, num_iter=2, guidance_scale=guidance_scale)
+    for batch in batches:
+        settings: dict[str, Any] = {"batch": batch, "guidance_scale": guidance_scale}
+        compare(pipelines, model, autoencoder, num_iter=2, **settings)  # warms up all sides
         runs = [
-            compare(pipeline, model, autoencoder, batch=size, num_iter=num_iter, guidance_scale=guidance_scale, seed=run)
-            for run in range(repeat)
+            compare(pipelines, model, autoencoder, num_iter=num_iter, seed=run, **settings) for run in range(repeat)
         ]
-        result = sorted(runs, key=lambda r: r["ratio"])[len(runs) // 2]
-        cost = image_cost(pipeline.config, num_iter, guided=guidance_scale != 1.0, vae=vae_config)
-        result |= {
-            "ratios_of_runs": [run["ratio"] for run in runs],
-            "tera_operations_per_image": cost.total / 1e12,
-            "share_of_gemm_peak": cost.total / result["runtime_s_per_image"] / peak,
-        }
-        results.append(result)
-        low, middle, high = result["step_ratio_quartiles"]
-        click.echo(
-            f"batch {size}: reference {result['reference_s_per_image']:.2f} s/image, runtime "
-            f"{result['runtime_s_per_image']:.2f} s/image ({pipeline.precision}), ratio {result['ratio']:.2f} "
-            f"(steps {low:.2f} {middle:.2f} {high:.2f}); phases "
-            + ", ".join(f"{name} {value:.2f} s" for name, value in result["runtime_phases_s"].items())
-            + f"; {result['share_of_gemm_peak']:.0%} of the measured GEMM peak"
-        )
-    report = {
-        "machine": machine() | {"torch_threads": torch.get_num_threads()},
-        "gemm_peak_gflops": peak / 1e9, "precision": pipeline.precision,
-        "backend": pipeline.backend.name, "results": results,
-        "peak_memory_gb": peak_memory(),
-    }  # fmt: skip
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+        for name in pipelines:
+            row = summary(
+                runs, name, batch=batch, num_iter=num_iter, operations=cost.total, peak=peaks["float32"]
+            )
+            results.append(row)
+            low, middle, high = row["step_ratio_quartiles"]
+            phases = ", ".join(f"{phase} {value:.2f} s" for phase, value in row["runtime_phases_s_per_image"].items())
+            click.echo(
+                f"batch {batch}, {name}: reference {row['reference_s_per_image']:.2f} s per image, runtime "
+                f"{row['runtime_s_per_image']:.2f} s, ratio {row['ratio']:.2f} (steps {low:.2f} {middle:.2f} {high:.2f}); "
+                f"{phases}; {row['share_of_gemm_peak']:.0%} of the float32 peak, at which the ratio would be "
+                f"{row['largest_possible_ratio']:.2f}"
+            )
+        report = {
+            "machine": machine() | {"threads": threads}, "peaks_gops": {k: v / 1e9 for k, v in peaks.items()},
+            "guidance_scale": guidance_scale, "backend": "onnxruntime-cpu", "results": results,
+        }  # fmt: skip
+        if json_path is not None:
+            write_text(json_path, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

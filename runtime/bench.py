@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -17,8 +16,18 @@ import numpy as np
 
 from arinar.config import VaeConfig
 
-from .cost import image_cost
-from .pipeline import Pipeline, check_num_iter
+from .backend import usable_cores
+from .cost import WEIGHT_BYTES, Cost, image_cost
+from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
+from .pipeline import Pipeline, check_num_iter, check_number
+
+#: What each phase is; they add up to the total.
+PHASES = {
+    "outer": "outer network", "inner": "inner network with sampling", "vae": "VAE decoder",
+    "device": "all graphs, on the device", "python": "Python: loop, noise, PIL images",
+}  # fmt: skip
+COLD_PHASES = {"import_s": "import", "open_s": "open and verify", "sessions_s": "load the graphs"}
+CPU_BACKEND = "onnxruntime-cpu"
 
 
 def machine() -> dict[str, Any]:
@@ -27,23 +36,11 @@ def machine() -> dict[str, Any]:
     if info.exists():
         lines = info.read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     for name in ("onnxruntime", "tensorrt", "torch"):
         if name in sys.modules:
             versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
-    return {"cpu": model, "cores": cores, "versions": versions, "date": time.strftime("%Y-%m-%d")}
-
-
-def gemm_peak(size: int = 2048, repeats: int = 5) -> float:
-    """Float32 operations per second of NumPy's matrix product on this machine, the best of a few."""
-    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return float(2 * size**3 / best)
+    return {"cpu": model, "cores": usable_cores(), "versions": versions, "date": time.strftime("%Y-%m-%d")}
 
 
 def bench(
@@ -57,55 +54,94 @@ def bench(
 ) -> dict[str, Any]:
     """Time whole generations, after a warm-up, rounds of all settings interleaved.
 
-    Returns JSON-ready numbers: per setting the median and spread of seconds per image, the split by phase, and the
-    achieved share of the measured GEMM peak; peak memory of this process; cold start of a fresh one.
+    Returns JSON-ready numbers: per setting the seconds per image (median, fastest, slowest), the split of the median run
+    by phase, and on a CPU two floors (operations at the measured GEMM peak, weight bytes at the measured memory
+    bandwidth, both with the pipeline's threads); peak memory of this process; cold start of a fresh one.
     """
     say = progress or (lambda line: None)
-    config, defaults = pipeline.config, pipeline.bundle.manifest.defaults
-    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    iters = [check_num_iter(n, defaults.num_iter, config) for n in (num_iters or (None,))]
-    vae = pipeline.bundle.manifest.provenance.get("vae_config")
+    config, manifest = pipeline.config, pipeline.bundle.manifest
+    default = manifest.defaults.guidance_scale
+    scale = check_number("guidance_scale", default if guidance_scale is None else guidance_scale, 1.0)
+    iters = [check_num_iter(n, manifest.defaults.num_iter, config) for n in (num_iters or (None,))]
+    for batch in batches:
+        check_number("batch", batch, 1)
+    settings = list(dict.fromkeys((batch, num_iter) for batch in batches for num_iter in iters))
     say("cold start in a fresh process")
     cold = cold_start(pipeline.bundle.folder, pipeline.precision, pipeline.backend.name)
-    peak = gemm_peak()
-    settings = [(batch, num_iter) for batch in batches for num_iter in iters]
-    times: dict[tuple[int, int], list[dict[str, float]]] = {setting: [] for setting in settings}
+    runs: dict[tuple[int, int], list[dict[str, float]]] = {setting: [] for setting in settings}
     for repeat in range(-1, repeats):  # the first round warms up
         for batch, num_iter in settings:
             labels = [i % config.num_classes for i in range(batch)]
             made = pipeline.generate(labels, guidance_scale=scale, num_iter=num_iter, seed=max(repeat, 0), batch_size=batch)
             if repeat >= 0:
-                times[batch, num_iter].append(made.timings)
+                runs[batch, num_iter].append({name: seconds / batch for name, seconds in made.timings.items()})
             say(f"batch {batch}, {num_iter} steps: {made.timings['total'] / batch:.3g} s per image")
+    memory = peak_memory()  # before the peaks are measured, which takes memory too
+    threads: int | None = getattr(pipeline.backend, "threads", None)  # a GPU's backend has none
+    peaks: dict[str, float] = {}
+    if pipeline.backend.name == CPU_BACKEND:
+        say("what the machine can do: matrix products, copying memory")
+        peaks = machine_peaks(pipeline.precision, threads)
+    vae = manifest.provenance.get("vae_config")
     results = []
-    for (batch, num_iter), runs in times.items():
-        totals = sorted(run["total"] / batch for run in runs)
-        cost = image_cost(
-            config, num_iter, guided=scale != 1.0, vae=VaeConfig.from_dict(vae) if vae else None
-        )
-        seconds = statistics.median(totals)
-        results.append({
-            "batch": batch, "num_iter": num_iter, "s_per_image": seconds, "fastest": totals[0], "slowest": totals[-1],
-            "phases": {
-                name: statistics.median(run[name] / batch for run in runs) for name in runs[0] if name != "total"
-            },
-            "tera_operations_per_image": cost.total / 1e12,
-            "floor_s_per_image": cost.total / peak,
-            "share_of_gemm_peak": cost.total / peak / seconds,
-        })  # fmt: skip
+    for (batch, num_iter), times in runs.items():
+        cost = image_cost(config, num_iter, guided=scale != 1.0, vae=VaeConfig.from_dict(vae) if vae else None)
+        result = {"batch": batch, "num_iter": num_iter} | spread(times) | floors(cost, batch, pipeline.precision, peaks)
+        if peaks:
+            result["share_of_gemm_peak"] = result["floor_s_per_image"] / result["s_per_image"]
+        results.append(result)
     return {
         "bundle": pipeline.bundle.folder.name, "backend": pipeline.backend.name, "precision": pipeline.precision,
-        "guidance_scale": scale, "machine": machine(), "gemm_peak_gflops": peak / 1e9, "cold_start": cold,
-        "peak_memory_gb": peak_memory(), "results": results,
+        "guidance_scale": scale, "threads": threads, "repeats": repeats, "machine": machine(), **peaks,
+        "cold_start": cold, "peak_memory_gb": memory, "results": results,
     }  # fmt: skip
+
+
+def spread(times: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Seconds per image of several runs -> the median run's total and phases, which add up to it, and the extremes."""
+    ordered = sorted(times, key=lambda run: run["total"])
+    middle = ordered[len(ordered) // 2]
+    phases = {name: seconds for name, seconds in middle.items() if name != "total"}
+    phases["python"] = middle["total"] - sum(phases.values())
+    return {
+        "s_per_image": middle["total"], "fastest": ordered[0]["total"], "slowest": ordered[-1]["total"], "phases": phases,
+    }  # fmt: skip
+
+
+def machine_peaks(precision: str, threads: int | None) -> dict[str, float]:
+    """The measured limits of this machine that matter for a precision."""
+    peaks = {
+        "gemm_peak_gflops": onnxruntime_peak("float32", threads) / 1e9,
+        "copy_gb_per_s": copy_bandwidth(threads) / 1e9,
+    }
+    if precision.startswith("int8"):
+        peaks["int8_peak_gops"] = onnxruntime_peak("int8", threads) / 1e9
+    return peaks
+
+
+def floors(cost: Cost, batch: int, precision: str, peaks: dict[str, float]) -> dict[str, float]:
+    """What an image takes at least, in operations, in bytes and, where the machine's limits are known, in seconds."""
+    # The VAE of an fp16 variant may be in either precision, that of the others is in float32.
+    size = cost.weight_bytes(WEIGHT_BYTES.get(precision, 4), batch=batch, vae_bytes=2 if precision == "fp16" else 4)
+    found = {"tera_operations_per_image": cost.total / 1e12, "weight_gb_per_image": size / 1e9}
+    if peaks:
+        linear = peaks.get("int8_peak_gops", peaks["gemm_peak_gflops"])
+        found["floor_s_per_image"] = cost.seconds(1e9 * peaks["gemm_peak_gflops"], 1e9 * linear)
+        found["memory_floor_s_per_image"] = size / (1e9 * peaks["copy_gb_per_s"])
+    return found
 
 
 def peak_memory() -> float:
     """Largest resident size of this process so far, in GB (10^9 bytes)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage tells of a process counts the one that started it, too
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
     import resource
 
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / 1e6 if sys.platform != "darwin" else size / 1e9  # kilobytes on Linux, bytes on macOS
+    return size * 1024 / 1e9 if sys.platform != "darwin" else size / 1e9  # kibibytes on Linux, bytes on macOS
 
 
 COLD_START = """
@@ -123,49 +159,118 @@ print(json.dumps({"import_s": imported - start, "open_s": opened - imported, "se
 
 def cold_start(bundle: Path, precision: str, backend: str) -> dict[str, float]:
     """Seconds to import the runtime, to open and verify the bundle, and to load its graphs, in a fresh process."""
-    command = [sys.executable, "-c", COLD_START, str(bundle), precision, backend]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return {name: float(value) for name, value in fresh_process(COLD_START, str(bundle), precision, backend).items()}
+
+
+def fresh_process(code: str, *arguments: str) -> dict[str, Any]:
+    """Run code in a new interpreter that imports from where this one does -> the JSON object that it prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=fresh_environment(), check=False)
     if done.returncode:
-        raise RuntimeError(f"a fresh process could not load the bundle: {done.stderr.strip().splitlines()[-1]}")
-    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"a fresh process could not load the bundle: {last}")
+    return dict(json.loads(done.stdout))
+
+
+def fresh_environment() -> dict[str, str]:
+    """This environment, with which a new interpreter imports from where this one does."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+# --------------------------------------------------------------------------------------------------------- reports
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
     where = report["machine"]
-    lines = [
-        f"{report['bundle']} ({report['precision']}) on {report['backend']}, {where['cpu']}, {where['cores']} cores, "
-        f"GEMM peak {report['gemm_peak_gflops']:.0f} GFLOP/s",
-        "batch  steps  s/image   outer   inner     vae  floor s  of peak",
+    lines = [f"{report['bundle']} ({report['precision']}) on {report['backend']}, {where['cpu']}, {where['cores']} cores"]
+    if limits := limits_text(report):
+        lines.append(limits)
+    names = [name for name in PHASES if any(name in row["phases"] for row in report["results"])]
+    head = "".join(f"{name:>9}" for name in names)
+    lines += [
+        f"{'':22}{' of which, s ':->{9 * len(names)}}{' at least, s ':->18}",
+        f"batch   steps  s/image{head}  compute   memory  of peak",
     ]
     for row in report["results"]:
-        phases = row["phases"]
-        lines.append(
-            f"{row['batch']:5}  {row['num_iter']:5}  {row['s_per_image']:7.3g} "
-            + " ".join(f"{phases.get(name, float('nan')):7.3g}" for name in ("outer", "inner", "vae"))
-            + f"  {row['floor_s_per_image']:7.3g}  {row['share_of_gemm_peak']:6.0%}"
-        )
+        phases = "".join(f"{row['phases'].get(name, float('nan')):9.3g}" for name in names)
+        least = "".join(_cell(row.get(key), "9.3g") for key in ("floor_s_per_image", "memory_floor_s_per_image"))
+        share = _cell(row.get("share_of_gemm_peak"), "9.0%")
+        lines.append(f"{row['batch']:5}{row['num_iter']:8}{row['s_per_image']:9.3g}{phases}{least}{share}")
     cold = report["cold_start"]
     lines.append(
         f"cold start: import {cold['import_s']:.2f} s, open {cold['open_s']:.2f} s, graphs {cold['sessions_s']:.2f} s; "
         f"peak memory {report['peak_memory_gb']:.2f} GB"
     )
+    if against := report.get("against"):
+        lines.append(f"against {compared_with(against)}:")
+        lines.append("batch   steps   before    after  times faster" if against["results"] else "no setting in common")
+        lines += [
+            f"{row['batch']:5}{row['num_iter']:8}{row['before']:9.3g}{row['after']:9.3g}{row['times_faster']:14.2f}"
+            for row in against["results"]
+        ]
     return "\n".join(lines)
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Two reports, setting by setting: how many times faster ``after`` is."""
-    old = {(row["batch"], row["num_iter"]): row for row in before["results"]}
-    lines = ["batch  steps   before    after  times faster"]
-    for row in after["results"]:
-        known = old.get((row["batch"], row["num_iter"]))
-        if known:
-            lines.append(
-                f"{row['batch']:5}  {row['num_iter']:5}  {known['s_per_image']:7.3g}  {row['s_per_image']:7.3g}  "
-                f"{known['s_per_image'] / row['s_per_image']:.2f}"
-            )
-    return "\n".join(lines)
+def limits_text(report: dict[str, Any]) -> str:
+    """The measured limits of the machine as a line; empty where none were measured (on a GPU)."""
+    units = {"gemm_peak_gflops": "fp32 GEMM {:.0f} GFLOP/s", "int8_peak_gops": "int8 GEMM {:.0f} GOP/s",
+             "copy_gb_per_s": "memory copy {:.1f} GB/s"}  # fmt: skip
+    found = [text.format(report[key]) for key, text in units.items() if key in report]
+    threads = f"{report['threads']} thread" + ("s" if report["threads"] != 1 else "")
+    return f"measured limits of {threads}: {', '.join(found)}" if found else ""
 
 
-__all__ = ["bench", "cold_start", "compare", "gemm_peak", "machine", "peak_memory", "table"]
+def _cell(value: float | None, form: str) -> str:
+    return f"{'-':>9}" if value is None else f"{value:{form}}"
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What ``before`` was, and for the settings that it shares with ``after`` both times and how many times faster that is."""
+    old = {(row["batch"], row["num_iter"]): row["s_per_image"] for row in before["results"]}
+    results = [
+        {
+            "batch": row["batch"], "num_iter": row["num_iter"], "before": known, "after": row["s_per_image"],
+            "times_faster": known / row["s_per_image"],
+        }
+        for row in after["results"]
+        if (known := old.get((row["batch"], row["num_iter"]))) is not None
+    ]  # fmt: skip
+    where = before.get("machine", {})
+    return {
+        **{name: before.get(name, "?") for name in ("bundle", "precision", "backend", "guidance_scale")},
+        **{name: where.get(name, "?") for name in ("cpu", "cores", "date")}, "results": results,
+    }  # fmt: skip
+
+
+def compared_with(against: dict[str, Any]) -> str:
+    """A comparison's earlier run as text."""
+    return (
+        f"{against['bundle']} ({against['precision']}) on {against['backend']}, {against['cpu']}, {against['cores']} cores, "
+        f"{against['date']}, guidance {against['guidance_scale']}"
+    )
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `arinar bench -o` wrote. Raises ValueError where the file cannot be read, or is another kind."""
+    remedy = "name a JSON file that `arinar bench -o FILE` wrote"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+    except ValueError as error:  # neither text nor JSON
+        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
+    try:
+        rows = [row["batch"] >= 1 and row["num_iter"] >= 1 and row["s_per_image"] > 0 for row in report["results"]]
+        whole = bool(report["machine"]["cpu"]) and len(rows) > 0 and all(rows)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not a report of `arinar bench`: {remedy}")
+    return dict(report)
+
+
+__all__ = [
+    "bench", "cold_start", "compare", "compared_with", "fresh_environment", "fresh_process", "gemm_peak", "machine",
+    "peak_memory", "read_report", "table",
+]  # fmt: skip

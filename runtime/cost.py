@@ -1,117 +1,173 @@
 """What an image costs at least: operations and weight bytes, from the configuration alone.
 
-Counts are of the computation as the graphs do it (exact visible lengths, last decoder block at the predicted positions
-only). One multiply-add is two operations; norms, activations and the mixture draw are not counted.
+Counts are of the computation as the graphs do it (exact visible lengths; what tables hold is not computed; last decoder
+block at the predicted positions only). One multiply-add is two operations. Only products of matrices and convolutions
+count: norms, activations, gathers and the mixture draw do not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.schedule import Step, steps
 
+#: Precision of a variant -> bytes of a transformer weight. What 8-bit variants leave in float32 is not known here: the
+#: bytes are the least possible.
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int8-static": 1, "fp8": 1}
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of one image by phase, and bytes of weights that each phase reads per launch (float32)."""
+    """One image: operations by phase, and how many weights it reads.
+
+    outer, inner, vae : operations of the phase.
+    attention : those operations of ``outer`` and ``inner`` in which no weight takes part (queries by keys, scores by
+        values); they stay in float32 where weights are quantised.
+    outer_weights, inner_weights, vae_weights : weights in the phase's products, a number, not bytes.
+    passes : outer steps; each reads the weights of the outer model and of the inner one, once at least.
+    """
 
     outer: float
     inner: float
     vae: float
-    outer_weights: float
-    inner_weights: float
-    launches: int
+    attention: float
+    outer_weights: int
+    inner_weights: int
+    vae_weights: int
+    passes: int
 
     @property
     def total(self) -> float:
         return self.outer + self.inner + self.vae
 
+    def weight_bytes(self, bytes_per_weight: float, *, batch: int = 1, vae_bytes: float = 4) -> float:
+        """Bytes of weights read for one image when ``batch`` are generated at a time (the VAE decodes them singly).
+
+        The least possible: every pass reads each weight once, although the features of a token pass over the inner
+        weights one after the other, and rows that a backend launches apart over all. A causal model's cache is not counted.
+        """
+        transformers = self.passes * (self.outer_weights + self.inner_weights) * bytes_per_weight
+        return transformers / batch + self.vae_weights * vae_bytes
+
+    def seconds(self, peak: float, linear_peak: float | None = None) -> float:
+        """Least time of the operations, at ``peak`` float32 operations per second; what has weights, the VAE apart, at
+        ``linear_peak`` where that is another (8-bit integers)."""
+        linear = self.outer + self.inner - self.attention
+        return linear / (linear_peak or peak) + (self.attention + self.vae) / peak
+
 
 def image_cost(config: ArinarConfig, num_iter: int, *, guided: bool, vae: VaeConfig | None = None) -> Cost:
-    """Cost of one image generated alone. Causal models ignore ``num_iter``."""
+    """Cost of one image. Causal models ignore ``num_iter``; without ``vae`` its cost is 0."""
     branches = 2 if guided else 1
     causal = config.outer == "causal"
     plan = steps(config.seq_len, config.seq_len if causal else num_iter, 1.0)
-    outer = sum(_causal_step(config, step) if causal else _masked_step(config, step) for step in plan)
-    if causal:
-        outer += _blocks(config.decoder_width, config.mlp_ratio, config.decoder_depth, config.buffer_size)
+    linear, attention = _causal(config, branches) if causal else _masked(config, plan, branches)
+    inner_linear, inner_attention = (branches * config.seq_len * part for part in _inner_token(config))
+    side = config.grid_size * config.patch_size
     return Cost(
-        outer=branches * outer,
-        inner=branches * config.seq_len * _inner_token(config),
-        vae=decoder_operations(vae, config.grid_size * config.patch_size) if vae else 0.0,
-        outer_weights=4 * outer_parameters(config),
-        inner_weights=4 * inner_parameters(config),
-        launches=2 * len(plan) + 2,
+        outer=linear + attention,
+        inner=inner_linear + inner_attention,
+        vae=decoder_operations(vae, side) if vae else 0.0,
+        attention=attention + inner_attention,
+        outer_weights=outer_parameters(config),
+        inner_weights=inner_parameters(config),
+        vae_weights=decoder_parameters(vae) if vae else 0,
+        passes=len(plan),
     )
 
 
-def _block_parameters(width: int, mlp_ratio: float) -> float:
-    return (4 + 2 * mlp_ratio) * width**2
+def _block_parameters(width: int, mlp_ratio: float) -> int:
+    return round((4 + 2 * mlp_ratio) * width**2)
 
 
-def _blocks(width: int, mlp_ratio: float, depth: int, length: int) -> float:
-    """Operations of full transformer blocks over ``length`` positions."""
-    return depth * (2 * length * _block_parameters(width, mlp_ratio) + 4 * length**2 * width)
-
-
-def _masked_step(config: ArinarConfig, step: Step) -> float:
-    visible = config.buffer_size + config.seq_len - step.masked
+def _masked(config: ArinarConfig, plan: Sequence[Step], branches: int) -> tuple[float, float]:
+    """Operations of all outer steps of one image: with weights, and of attention."""
+    width, ratio, depth = config.decoder_width, config.mlp_ratio, config.decoder_depth
+    block = _block_parameters(width, ratio)
+    encoder = config.encoder_depth * _block_parameters(config.encoder_width, ratio)
     total = config.buffer_size + config.seq_len
-    width, ratio, predicted = config.decoder_width, config.mlp_ratio, step.count
-    last = 4 * total * width**2 + 2 * predicted * (2 + 2 * ratio) * width**2 + 4 * predicted * total * width
-    return (
-        _blocks(config.encoder_width, ratio, config.encoder_depth, visible)
-        + 2 * visible * config.encoder_width * width
-        + _blocks(width, ratio, config.decoder_depth - 1, total)
-        + last
-    )
+    linear = attention = shared = 0.0
+    for step in plan:
+        known = total - step.masked  # visible tokens and the class buffer
+        shared += 2 * (config.seq_len - step.masked) * config.token_dim * config.encoder_width
+        linear += 2 * known * (encoder + config.encoder_width * width)
+        linear += 2 * total * (depth - 1) * block
+        if depth > 1:  # a table holds the first block's queries, keys and values of the hidden positions
+            linear -= 2 * step.masked * 3 * width**2
+        linear += 2 * total * 2 * width**2 + 2 * step.count * (block - 2 * width**2)  # the last block
+        attention += 4 * known**2 * config.encoder_width * config.encoder_depth
+        attention += 4 * total**2 * width * (depth - 1) + 4 * step.count * total * width
+    return branches * linear + shared, branches * attention  # tokens are embedded once for both branches
 
 
-def _causal_step(config: ArinarConfig, step: Step) -> float:
-    if step.index == 0:
-        return 0.0
-    width = config.decoder_width
-    slots = config.buffer_size + config.seq_len - 1  # the whole cache is read, whatever is filled
-    return config.decoder_depth * (2 * _block_parameters(width, config.mlp_ratio) + 4 * slots * width)
+def _causal(config: ArinarConfig, branches: int) -> tuple[float, float]:
+    """As `_masked`: the class buffer, then a token a step, each against the whole cache, whatever of it is filled."""
+    width, buffer, steps_after = config.decoder_width, config.buffer_size, config.seq_len - 1
+    blocks = config.decoder_depth * _block_parameters(width, config.mlp_ratio)
+    linear = 2 * buffer * blocks + 2 * steps_after * (blocks + config.token_dim * width)
+    attention = 4 * width * config.decoder_depth * (buffer**2 + steps_after * (buffer + config.seq_len - 1))
+    return float(branches * linear), float(branches * attention)
 
 
-def _inner_token(config: ArinarConfig) -> float:
-    """Operations of all features of one token, one branch."""
+def _inner_token(config: ArinarConfig) -> tuple[float, float]:
+    """Operations of all features of one token, one branch: with weights, and of attention.
+
+    A feature attends to those before it through the cache; the first one's cache holds one empty slot.
+    """
     width, depth, features = config.inner_width, config.inner_depth, config.token_dim
-    conditioning = 2 * config.z_width * width * (6 * depth + 3)
-    feature = depth * (2 * _block_parameters(width, config.inner_mlp_ratio) + 2 * features * width)
-    return conditioning + features * feature
+    conditioning = _conditioning_parameters(config)
+    linear = 2 * conditioning + 2 * features * (inner_parameters(config) - conditioning)
+    return float(linear), float(depth * 4 * width * (features * (features - 1) / 2 + 1))
 
 
-def outer_parameters(config: ArinarConfig) -> float:
-    """Weights of the outer blocks (biases, norms and embeddings not counted)."""
-    encoder = config.encoder_depth * _block_parameters(config.encoder_width, config.mlp_ratio)
-    return encoder + config.decoder_depth * _block_parameters(config.decoder_width, config.mlp_ratio)
+def _conditioning_parameters(config: ArinarConfig) -> int:
+    """Start of the sequence, six modulations a block, two of the head: products of z, once per token."""
+    return config.z_width * config.inner_width * (6 * config.inner_depth + 3)
 
 
-def inner_parameters(config: ArinarConfig) -> float:
-    depth, width = config.inner_depth, config.inner_width
-    return depth * _block_parameters(width, config.inner_mlp_ratio) + config.z_width * width * (6 * depth + 3)
+def outer_parameters(config: ArinarConfig) -> int:
+    """Weights of the outer model's products (biases, norms, embeddings and tables not counted)."""
+    width, ratio = config.decoder_width, config.mlp_ratio
+    decoder = config.decoder_depth * _block_parameters(width, ratio)
+    if config.outer == "causal":
+        return decoder + config.token_dim * width
+    encoder = config.encoder_depth * _block_parameters(config.encoder_width, ratio)
+    return encoder + decoder + config.encoder_width * (config.token_dim + width)
+
+
+def inner_parameters(config: ArinarConfig) -> int:
+    """As `outer_parameters`, of the inner model."""
+    width = config.inner_width
+    blocks = config.inner_depth * _block_parameters(width, config.inner_mlp_ratio)
+    return _conditioning_parameters(config) + blocks + width * (1 + 3 * config.num_gaussians)
 
 
 def decoder_operations(vae: VaeConfig, side: int) -> float:
     """Convolutions and the middle attention of the VAE decoder, for a latent of ``side`` x ``side``."""
+    width = vae.channels * vae.channel_multipliers[-1]
+    return 4.0 * side**4 * width + sum(2.0 * weights * pixels for weights, pixels in _decoder_convolutions(vae, side))
+
+
+def decoder_parameters(vae: VaeConfig) -> int:
+    """Weights of the VAE decoder's convolutions."""
+    return sum(weights for weights, _ in _decoder_convolutions(vae, 1))
+
+
+def _decoder_convolutions(vae: VaeConfig, side: int) -> list[tuple[int, int]]:
+    """Weights and output pixels of each convolution, the four 1 x 1 of the middle attention among them."""
     widths = [vae.channels * m for m in vae.channel_multipliers]
-
-    def conv(inputs: int, outputs: int, pixels: int, kernel: int = 3) -> float:
-        return 2.0 * kernel**2 * inputs * outputs * pixels
-
     pixels, inputs = side**2, widths[-1]
-    total = conv(vae.embed_dim, vae.embed_dim, pixels, 1) + conv(vae.embed_dim, inputs, pixels)
-    total += 4 * conv(inputs, inputs, pixels) + 4 * conv(inputs, inputs, pixels, 1) + 4.0 * pixels**2 * inputs
+    found = [(vae.embed_dim**2, pixels), (9 * vae.embed_dim * inputs, pixels)]
+    found += 4 * [(9 * inputs**2, pixels)] + 4 * [(inputs**2, pixels)]
     for level in reversed(range(len(widths))):
         for _ in range(vae.num_res_blocks + 1):
-            total += conv(inputs, widths[level], pixels) + conv(widths[level], widths[level], pixels)
+            found += [(9 * inputs * widths[level], pixels), (9 * widths[level] ** 2, pixels)]
             if inputs != widths[level]:
-                total += conv(inputs, widths[level], pixels, 1)
+                found.append((inputs * widths[level], pixels))
             inputs = widths[level]
         if level > 0:
             pixels *= 4
-            total += conv(inputs, inputs, pixels)
-    return total + conv(inputs, vae.out_channels, pixels)
+            found.append((9 * inputs**2, pixels))
+    return [*found, (9 * inputs * vae.out_channels, pixels)]

@@ -1,0 +1,104 @@
+"""What this machine can do at most, measured: products of matrices, in float32 and in 8-bit integers, copying memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .backend import usable_cores
+
+
+def gemm_peak(size: int = 2048, repeats: int = 5) -> float:
+    """Float32 operations per second of NumPy's matrix product, with as many threads as it takes."""
+    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    return float(2 * size**3 / _fastest(lambda: a @ a, repeats))
+
+
+def onnxruntime_peak(dtype: str, threads: int | None = None, *, size: int = 2048, repeats: int = 5) -> float:
+    """Operations per second of ONNX Runtime's matrix product with a constant weight: "float32", or "int8" (uint8
+    activations by int8 weights, as its dynamic quantisation computes). ``threads`` as for the CPU backend."""
+    import onnxruntime
+
+    rng = np.random.default_rng(0)
+    if dtype == "int8":
+        weight: npt.NDArray[Any] = rng.integers(-127, 128, (size, size), dtype=np.int8)
+        a: npt.NDArray[Any] = rng.integers(0, 256, (size, size), dtype=np.uint8)
+    else:
+        weight = rng.standard_normal((size, size), dtype=np.float32)
+        a = weight
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(product_model(weight), options, providers=["CPUExecutionProvider"])
+    return float(2 * size**3 / _fastest(lambda: session.run(None, {"a": a}), repeats))
+
+
+def copy_bandwidth(threads: int | None = None, *, size: int = 256_000_000, repeats: int = 5) -> float:
+    """Bytes per second of copying memory, read and written ones together; ``size`` bytes, beyond what caches hold."""
+    count = threads or usable_cores()
+    pairs = [(np.ones(size // count, np.uint8), np.zeros(size // count, np.uint8)) for _ in range(count)]
+    with ThreadPoolExecutor(count) as pool:  # NumPy copies without holding the interpreter's lock
+        return 2 * size / _fastest(lambda: list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs)), repeats)
+
+
+def _fastest(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest run: what disturbs only ever slows."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ---------------------------------------------------------------------------------------------- a model of one node
+
+# Element types of ONNX.
+FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6
+
+
+def product_model(weight: npt.NDArray[Any]) -> bytes:
+    """An ONNX model a (N, N) -> c (N, N) = a @ weight, for weight (N, N) float32, or int8 (a is uint8 then, c int32).
+
+    Written in protobuf's wire format, which takes a few lines: the runtime does without the onnx package. Messages and
+    field numbers are those of onnx.proto, whose names stand beside them.
+    """
+    op, (of_a, of_b, of_c) = ("MatMulInteger", (UINT8, INT8, INT32)) if weight.dtype == np.int8 else ("MatMul", 3 * (FLOAT,))
+    rows, columns = weight.shape
+
+    def tensor(name: str, element: int) -> bytes:
+        shape = _message((1, _message((1, rows))), (1, _message((1, columns))))               # dim { dim_value }
+        return _message((1, name), (2, _message((1, _message((1, element), (2, shape))))))    # name, type { tensor_type }
+
+    node = _message((1, "a"), (1, "b"), (2, "c"), (4, op))                                    # input, output, op_type
+    b = _message((1, rows), (1, columns), (2, of_b), (8, "b"), (9, weight.tobytes()))         # dims, data_type, name, raw_data
+    graph = _message((1, node), (2, "product"), (5, b), (11, tensor("a", of_a)), (12, tensor("c", of_c)))
+    return _message((1, 8), (7, graph), (8, _message((2, 17))))                               # ir_version, graph, opset_import
+
+
+def _message(*fields: tuple[int, int | str | bytes]) -> bytes:
+    """A protobuf message: fields by number, an integer as it is, text and messages preceded by their length."""
+    parts = []
+    for number, value in fields:
+        if isinstance(value, int):
+            parts.append(_varint(number << 3) + _varint(value))
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            parts.append(_varint(number << 3 | 2) + _varint(len(data)) + data)
+    return b"".join(parts)
+
+
+def _varint(value: int) -> bytes:
+    """A number, seven bits a byte, the lowest first; the top bit says that more follow."""
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+__all__ = ["copy_bandwidth", "gemm_peak", "onnxruntime_peak", "product_model"]
