@@ -15,7 +15,7 @@ package_dir = {
     "arinar.calibration": "calibration",
 }
 
-ONNXRUNTIME = "onnxruntime>=1.22"
+ONNXRUNTIME = "onnxruntime>=1.23"  # the first whose CPU kernels include Attention
 EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
 DEMO = ["scikit-learn>=1.4"]
 
@@ -35,7 +35,7 @@ setup(
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],
-        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.22", "cuda-bindings>=12.6"],
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.23", "cuda-bindings>=12.6"],
         "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6"],
         "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6"],
         # What trains and exports.

@@ -71,6 +71,8 @@ class OnnxRuntimeCpu:
             options.intra_op_num_threads = threads
             # An arena keeps what the largest launch needed, per session; freed memory serves them all, no slower.
             options.enable_cpu_mem_arena = False
+            # Threads that wait for work by spinning would take the cores from the launches that follow.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             self._sessions[name, threads] = self._load(name, options)
         return self._sessions[name, threads]
 
