@@ -443,22 +443,30 @@ def calibrate(
     import tempfile
 
     from arinar.calibration.precision import calibrate as run
+    from arinar.calibration.precision import check
 
+    from .demo import DEMO_MODELS
     from .quantization import SCHEMES
 
-    chosen = {name: value for name, value in sampling.items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    arguments |= {"num_images": num_images, "labels": labels, "batch_size": batch_size, "budget_kl": budget_kl}
+    arguments["precisions"] = precisions or tuple(SCHEMES)
     with contextlib.ExitStack() as stack:
         bundle = Path(model)
+        if bundle.is_dir() and vae is not None:
+            raise click.UsageError("--vae belongs to a checkpoint; a bundle has its own")
+        if not bundle.exists() and model not in DEMO_MODELS:
+            raise ValueError(f"there is no bundle or checkpoint {model}; a demo model is {' or '.join(DEMO_MODELS)}")
         if not bundle.is_dir():
             from arinar.export.bundle import export_bundle
+            from arinar.runtime.bundle import Defaults
 
             trained, autoencoder = _load_models(model, vae, no_ema, inner_heads)
+            config = trained.config
+            check(config, Defaults(config.default_num_iter, config.default_guidance_scale), out, **arguments)
             bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arinar-"))) / "bundle"
             export_bundle(trained, autoencoder, bundle, progress=_say)
-        result = run(
-            bundle, out, num_images=num_images, labels=labels, budget_kl=budget_kl, precisions=precisions or tuple(SCHEMES),
-            batch_size=batch_size, threads=threads, progress=_say, **chosen,
-        )  # fmt: skip
+        result = run(bundle, out, threads=threads, progress=_say, **arguments)
     if as_json:
         _json(result["maps"])
         return
@@ -535,7 +543,7 @@ def generate(
 @click.option("--vae", help="Its autoencoder. [default: the demo model's own]")
 @click.option("--labels", type=Labels(), default="0-7", show_default=True, help="Classes of the compared images.")
 @click.option("--distribution", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Also compare the distributions of N images of each.")
-@click.option("--features", default="builtin", show_default=True, help="What distributions are compared by: builtin, inception (needs torch-fidelity), or your own module:function.")
+@click.option("--features", default="builtin", show_default=True, help="What distributions are compared by: builtin (32 fixed features of shape and colour), inception (needs torch-fidelity), or your own module:function, images (N, H, W, 3) uint8 -> (N, F).")
 @click.option("--fid-stats", type=click.Path(path_type=Path, dir_okay=False), help="Statistics of a reference set (.npz with mu and sigma), made with the same features.")
 @click.option("--threshold", "limits", multiple=True, metavar="NAME=VALUE", help="Override a limit, e.g. z=1e-3; may be repeated.")
 @click.option("--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained HTML report here.")
@@ -560,16 +568,23 @@ def parity(
     """
     from arinar.export.parity import parse_thresholds, run_parity
 
+    from .files import check_writable
+
+    if report_file is not None:
+        check_writable(report_file)
+    for option, given in (("--fid-stats", fid_stats is not None), ("--features", features != "builtin")):
+        if given and not distribution:
+            raise click.UsageError(f"{option} is for comparing distributions: add --distribution N, the number of images")
     pipeline = _open_pipeline(bundle, backend, precision, threads)
+    if pipeline.config.outer == "causal" and num_iter not in (None, pipeline.config.seq_len):
+        raise ValueError(f"num_iter is {num_iter}; a causal model generates one token a step: leave --num-iter out")
     thresholds = parse_thresholds(limits, pipeline.precision)
-    if fid_stats is not None and not distribution:
-        raise click.UsageError("--fid-stats is compared by --distribution N: say how many images")
     model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
     report = run_parity(
         pipeline, model, autoencoder, labels=labels, guidance_scale=guidance_scale, num_iter=num_iter,
         temperature=1.0 if temperature is None else temperature, cfg_schedule=cfg_schedule or "linear", seed=seed,
         thresholds=thresholds, distribution=distribution, features=features, fid_stats=fid_stats,
-        progress=_quiet if as_json else _say,
+        reference=_inspected(checkpoint, vae, no_ema, inner_heads), progress=_quiet if as_json else _say,
     )  # fmt: skip
     if report_file is not None:
         from arinar.export.report import write_report
@@ -667,34 +682,49 @@ def build(
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds; medians are reported.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write the numbers to this JSON file.")
-@click.option("--against", type=click.Path(path_type=Path, exists=True), help="JSON file of an earlier run to compare with.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Also write them as one HTML page, with charts.")
+@click.option("--against", type=click.Path(path_type=Path), help="JSON file of an earlier run to compare with.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
 @RUNTIME
 def bench(
     bundle: Path, batches: list[int], num_iters: list[int] | None, guidance_scale: float | None, repeats: int,
-    out: Path | None, against: Path | None, as_json: bool, backend: str | None, precision: str | None, threads: int | None,
+    out: Path | None, html_file: Path | None, against: Path | None, as_json: bool, backend: str | None,
+    precision: str | None, threads: int | None,
 ) -> None:  # fmt: skip
-    """How fast is a bundle on this machine? Time by phase, memory, cold start, share of the machine's GEMM peak.
+    """How fast is a bundle on this machine? Time by phase, memory, cold start, and the time it takes at least.
 
     \b
-    Example:  arinar bench bundle/ --batch 1,4 --num-iter 64 -o today.json
+    Example:  arinar bench bundle/ --batch 1,4 --num-iter 64 -o today.json --html today.html
               arinar bench bundle/ --batch 1,4 --num-iter 64 --against yesterday.json
     """
     from arinar.runtime import bench as benchmark
 
+    from .files import check_writable, write_text
+
+    if out is not None and out == html_file:
+        raise click.UsageError("-o and --html name the same file")
+    earlier = None if against is None else benchmark.read_report(against)
+    for path in (out, html_file):
+        if path is not None:
+            check_writable(path)
     pipeline = _open_pipeline(bundle, backend, precision, threads)
     report = benchmark.bench(
         pipeline, batches=batches, num_iters=num_iters, guidance_scale=guidance_scale, repeats=repeats,
         progress=_quiet if as_json else _say,
     )  # fmt: skip
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if earlier is not None:
+        report["against"] = benchmark.compare(earlier, report)
+    # Printed before it is written: a disk that is full by now does not cost the measurement.
     if as_json:
         _json(report)
-        return
-    click.echo(benchmark.table(report))
-    if against is not None:
-        click.echo(benchmark.compare(json.loads(against.read_text(encoding="utf-8")), report))
+    else:
+        click.echo(benchmark.table(report))
+    if out is not None:
+        write_text(out, json.dumps(report, indent=2, sort_keys=True) + "\n")
+    if html_file is not None:
+        from arinar.runtime.bench_report import render
+
+        write_text(html_file, render(report))
 
 
 # -------------------------------------------------------------------------------------------------- inspect

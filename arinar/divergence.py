@@ -71,14 +71,23 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
 
 def frechet_between(a: Array, b: Array) -> float:
     """:func:`frechet_distance` of the Gaussians fitted to two sets of features (N, F) and (M, F)."""
-    return frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    return frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
 
 
-def mmd_test(a: Array, b: Array, *, permutations: int = 500, seed: int = 0) -> tuple[float, float]:
+def mean_and_covariance(features: Array) -> tuple[Array, Array]:
+    """Features (N, F) -> (F,), (F, F)."""
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def mmd_test(
+    a: Array, b: Array, *, permutations: int = 500, seed: int = 0, strata: tuple[Array, Array] | None = None
+) -> tuple[float, float]:
     """Squared maximum mean discrepancy of two sets of features (N, F) and (M, F), and its permutation p-value.
 
     Gaussian kernel with the median distance of the pooled set as bandwidth, biased estimate (Gretton et al., JMLR
-    2012). The p-value is the share of random relabellings with at least this discrepancy: small means different.
+    2012). The p-value is the share of random relabellings with at least this discrepancy: small means different. The
+    sets must be independent. ``strata``: groups (N,) and (M,), integers; samples change sides within their group only,
+    as they must where both sets were made with so many of each.
     """
     pooled = np.concatenate([a, b]).astype(np.float64)
     norms = np.square(pooled).sum(1)
@@ -87,7 +96,11 @@ def mmd_test(a: Array, b: Array, *, permutations: int = 500, seed: int = 0) -> t
     kernel = np.exp(-square / max(float(np.median(off_diagonal)), 1e-12))
     signs = np.concatenate([np.full(len(a), 1 / len(a)), np.full(len(b), -1 / len(b))])
     rng = np.random.default_rng(seed)
-    table = np.stack([signs, *(rng.permutation(signs) for _ in range(permutations))], 1)      # (N + M, 1 + permutations)
+    groups = np.zeros(len(pooled)) if strata is None else np.concatenate(strata).astype(np.float64)
+    order = np.argsort(groups[:, None] + rng.random((len(pooled), permutations)), 0)          # (N + M, permutations)
+    table = np.empty((len(pooled), 1 + permutations))
+    table[:, 0] = signs
+    np.put_along_axis(table[:, 1:], order, signs[np.argsort(groups, kind="stable")][:, None], 0)
     values = (table * (kernel @ table)).sum(0)
     above = int((values[1:] >= values[0] - 1e-12).sum())
     return float(values[0]), (1 + above) / (1 + permutations)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +20,14 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from arinar.config import ArinarConfig
 from arinar.quantization import Graph, layer_graphs
-from arinar.runtime.bundle import Bundle
+from arinar.runtime.bundle import Bundle, Defaults
 from arinar.runtime.loop import Loop
 from arinar.runtime.noise import Noise
 from arinar.runtime.onnxruntime_backend import OnnxRuntimeCpu
 from arinar.runtime.pipeline import check_labels, check_num_iter, check_number
-from arinar.schedule import steps
+from arinar.schedule import Step, steps
 
 from .ranges import TensorStatistics
 
@@ -37,6 +37,12 @@ FP16_MAX = 65504.0
 MIN_IMAGES = 4
 # Steps kept for comparing mixtures, launches kept of each graph, and rows of a step at most.
 STEP_SAMPLES, GRAPH_SAMPLES, SAMPLE_ROWS = 16, 4, 32
+# A row of a causal model's step brings its whole KV cache along: of a kept step or launch, so many bytes (or one row).
+SAMPLE_BYTES = 64 << 20
+# Of the file that keeps a recording.
+RECORDING_VERSION = 2
+# Tokens of a launch of random inputs.
+RANDOM_TOKENS = 512
 MAXIMA = "calibration.maxima"
 
 
@@ -49,7 +55,7 @@ class StepSample:
     """One outer step of a real trajectory: what went into the outer graph, and the features drawn from its z.
 
     ``feed`` inputs of ``graph`` (outer_prefill or outer_step); ``labels`` (N,) of the cache rows (causal only);
-    ``rows`` which rows of z were kept; ``features`` (rows, D - 1): all but the last, which conditions nothing.
+    ``rows`` which rows of the z that they give; ``features`` (rows, D - 1): all but the last, which conditions nothing.
     """
 
     graph: str
@@ -88,14 +94,18 @@ class Recording:
             for index, feed in enumerate(feeds):
                 arrays |= {f"launch|{graph}|{index}|{key}": value for key, value in feed.items()}
         head = {
-            "settings": self.settings, "done": self.done, "seen_steps": self.seen_steps, "tensors": self.tensors,
-            "seen_launches": self.seen_launches, "samples": [[s.graph, s.step] for s in self.samples],
+            "version": RECORDING_VERSION, "settings": self.settings, "done": self.done, "tensors": self.tensors,
+            "seen_steps": self.seen_steps, "seen_launches": self.seen_launches,
+            "samples": [[sample.graph, sample.step] for sample in self.samples],
         }  # fmt: skip
         arrays["head"] = np.array(json.dumps(head))
         temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Recording:
@@ -104,6 +114,8 @@ class Recording:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             head = json.loads(str(arrays.pop("head")))
+            if head["version"] != RECORDING_VERSION:
+                raise ValueError(f"it has version {head['version']}; this version of arinar reads {RECORDING_VERSION}")
             made = cls(head["settings"], done=head["done"], seen_steps=head["seen_steps"])
             made.tensors, made.seen_launches = head["tensors"], head["seen_launches"]
             grouped: dict[str, dict[str, Array]] = {}
@@ -128,8 +140,10 @@ class Recording:
             made.samples = [
                 StepSample(graph, step, feeds.get(i, {}), **parts[i]) for i, (graph, step) in enumerate(head["samples"])
             ]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise CalibrationError(f"{path} cannot be read ({error}); delete it and calibrate again") from error
+        except Exception as error:  # what NumPy, zipfile and zlib raise for damaged files has no common type
+            raise CalibrationError(
+                f"{path} is damaged, or no recording of `arinar calibrate` ({error}); delete it and calibrate again"
+            ) from error
         return made
 
 
@@ -199,6 +213,7 @@ def open_session(model: ModelProto, folder: Path, threads: int | None = None) ->
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # every step has other shapes: an arena would keep room for all of them
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -213,7 +228,8 @@ class RecordingBackend(OnnxRuntimeCpu):
         self.recording, self.num_steps, self.seed = recording, num_steps, seed
         self.step = 0
         self._instrumented: dict[str, tuple[Any, Graph]] = {}
-        self._pending: tuple[int, StepSample] | None = None
+        # Slot, the sample, and which rows of the launches it is made of.
+        self._pending: tuple[int, StepSample, Array] | None = None
         for name in layer_graphs(bundle.manifest.config):
             graph = Graph.load(bundle.path(self._graphs[name].file))
             model, tensors = with_outputs(graph)
@@ -222,6 +238,9 @@ class RecordingBackend(OnnxRuntimeCpu):
             recording.maxima.setdefault(name, np.zeros((len(tensors), num_steps)))
             for layer in graph.layers.values():
                 recording.layers.setdefault(layer.name, TensorStatistics(len(layer.weight), num_steps))
+
+    def parts(self, graph: str, rows: int) -> int:
+        return 1  # every launch is to be seen
 
     def launch(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         if graph not in self._instrumented:
@@ -260,8 +279,7 @@ class RecordingBackend(OnnxRuntimeCpu):
         kept = recording.launches.setdefault(graph, [])
         slot = self._slot(graph, seen, GRAPH_SAMPLES)
         if slot is not None:
-            feed = {name: value.copy() for name, value in inputs.items()}
-            kept[slot : slot + 1] = [feed]
+            kept[slot : slot + 1] = [self._feed(graph, inputs, self._rows(inputs, "launch rows", seen))]
         if graph in ("outer_prefill", "outer_step"):
             self._begin_step(graph, inputs, made["z"])
         elif graph == "inner_step" and self._pending is not None:
@@ -276,20 +294,47 @@ class RecordingBackend(OnnxRuntimeCpu):
             self._labels = np.array(inputs["labels"])
         if slot is None:
             return
-        rows = np.arange(len(z))
+        kept = self._rows(inputs, "rows", seen)
+        rows = np.arange(len(z)) if kept is None else kept
         if len(rows) > SAMPLE_ROWS:
             rows = np.sort(self._rng("rows", seen).permutation(len(z))[:SAMPLE_ROWS])
-        feed = {name: value.copy() for name, value in inputs.items()}
         labels = self._labels if "rows" in inputs or graph == "outer_prefill" else np.zeros(0, np.int64)
         features = np.zeros((len(rows), 0), np.float32)
-        self._pending = (slot, StepSample(graph, self.step, feed, labels, rows, features))
+        sample = StepSample(graph, self.step, self._feed(graph, inputs, kept), labels, rows, features)
+        if kept is not None:
+            sample.labels, sample.rows = labels[kept], np.arange(len(kept))
+        self._pending = (slot, sample, rows)
+
+    def _rows(self, inputs: Mapping[str, Array], purpose: str, seen: int) -> Array | None:
+        """Which rows of a causal step to keep, where all with their caches are too large; else None."""
+        caches = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
+        if "rows" not in inputs or not caches:
+            return None
+        total = len(inputs["rows"])
+        most = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // sum(value[0].nbytes for value in caches)))
+        return None if total <= most else np.sort(self._rng(purpose, seen).permutation(total)[:most])
+
+    def _feed(self, graph: str, inputs: Mapping[str, Array], rows: Array | None) -> dict[str, Array]:
+        """A copy of a launch's inputs, of a causal step's rows only ``rows``. What the graph is given but does not read
+        is left over from somewhere, in a resumed run from elsewhere: zeros take its place."""
+        caches = [name for name in inputs if name.startswith("past_key_values.")]
+        by_row = [] if rows is None else ["rows", *caches]
+        feed = {name: value[rows] if name in by_row else value.copy() for name, value in inputs.items()}
+        if caches:
+            position = int(inputs["position"][0])
+            written = position if graph == "inner_step" else self._bundle.manifest.config.buffer_size + position
+            for name in caches:
+                feed[name][:, :, written:] = 0
+            if graph == "inner_step" and position == 0:
+                feed["feature"][:] = 0
+        return feed
 
     def _add_feature(self, inputs: Mapping[str, Array]) -> None:
         assert self._pending is not None
-        slot, sample = self._pending
+        slot, sample, rows = self._pending
         position = int(inputs["position"][0])
         if position > 0:
-            sample.features = np.concatenate([sample.features, inputs["feature"][sample.rows]], 1)
+            sample.features = np.concatenate([sample.features, inputs["feature"][rows]], 1)
         if position == self._bundle.manifest.config.token_dim - 1:
             self.recording.samples[slot : slot + 1] = [sample]
             self._pending = None
@@ -305,8 +350,9 @@ class RecordingBackend(OnnxRuntimeCpu):
         return draw if draw < size else None
 
 
-def collect(
-    bundle: Bundle,
+def check_arguments(
+    config: ArinarConfig,
+    defaults: Defaults,
     *,
     num_images: int,
     labels: Sequence[int] | None = None,
@@ -316,16 +362,44 @@ def collect(
     num_iter: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
+) -> tuple[dict[str, Any], list[Step]]:
+    """What :func:`collect` would do with these arguments -> its settings (but for the model), its steps.
+
+    Raises CalibrationError for too few images, ValueError for the other arguments.
+    """
+    if num_images < MIN_IMAGES:
+        raise CalibrationError(
+            f"num_images is {num_images}; ranges need at least {MIN_IMAGES} images (64 and more are better)"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    ids = check_labels(list(range(config.num_classes)) if labels is None else list(labels), config)
+    scale = check_number("guidance_scale", defaults.guidance_scale if guidance_scale is None else guidance_scale, 1.0)
+    heat = check_number("temperature", defaults.temperature if temperature is None else temperature, 0.0, strict=True)
+    schedule = cfg_schedule or defaults.cfg_schedule
+    plan = steps(config.seq_len, check_num_iter(num_iter, defaults.num_iter, config), scale, schedule)
+    Noise.from_seed(seed, [], config)
+    settings = {
+        "num_images": num_images, "labels": [int(i) for i in ids], "seed": seed, "guidance_scale": scale,
+        "cfg_schedule": schedule, "temperature": heat, "num_iter": len(plan), "batch_size": batch_size,
+    }  # fmt: skip
+    return settings, plan
+
+
+def collect(
+    bundle: Bundle,
+    *,
     threads: int | None = None,
     partial: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    **arguments: Any,
 ) -> Recording:
     """Record ``num_images`` trajectories of a bundle's fp32 graphs.
 
     Parameters
     ----------
-    labels : class ids, taken in turn; None means all classes.
-    batch_size : images at a time; bounds the memory.
+    arguments : as for :func:`check_arguments`; ``labels`` are taken in turn, None means all classes; ``batch_size``
+        images at a time bounds the memory.
     partial : file that keeps the recording after every micro-batch. Where it exists and belongs to the same model and
         settings, the run goes on from it; it is left in place.
 
@@ -335,21 +409,11 @@ def collect(
     FloatingPointError : a layer's input is not finite; names the layer and the step.
     """
     say = progress or (lambda line: None)
-    config, defaults = bundle.manifest.config, bundle.manifest.defaults
-    if num_images < MIN_IMAGES:
-        raise CalibrationError(
-            f"num_images is {num_images}; ranges need at least {MIN_IMAGES} images (64 and more are better)"
-        )
-    ids = check_labels(list(range(config.num_classes)) if labels is None else list(labels), config)
-    scale = check_number("guidance_scale", defaults.guidance_scale if guidance_scale is None else guidance_scale, 1.0)
-    heat = check_number("temperature", defaults.temperature if temperature is None else temperature, 0.0, strict=True)
-    schedule = cfg_schedule or defaults.cfg_schedule
-    plan = steps(config.seq_len, check_num_iter(num_iter, defaults.num_iter, config), scale, schedule)
-    settings = {
-        "model": model_hashes(bundle), "num_images": num_images, "labels": [int(i) for i in ids], "seed": seed,
-        "guidance_scale": scale, "cfg_schedule": schedule, "temperature": heat, "num_iter": len(plan),
-        "batch_size": batch_size,
-    }  # fmt: skip
+    config = bundle.manifest.config
+    settings, plan = check_arguments(config, bundle.manifest.defaults, **arguments)
+    settings = {"model": model_hashes(bundle), **settings}
+    ids, seed, num_images = settings["labels"], settings["seed"], settings["num_images"]
+    guided, batch_size = settings["guidance_scale"] != 1.0, settings["batch_size"]
     recording = Recording(settings)
     if partial is not None and partial.exists():
         recording = Recording.load(partial)
@@ -362,11 +426,13 @@ def collect(
         say(f"resuming after {recording.done} of {num_images} images")
     backend = RecordingBackend(bundle, recording, len(plan), seed, threads)
     loop = Loop(backend, bundle.manifest.precision_graphs("fp32"), config, "stepwise")
+    loop.keep_first_step = False  # every launch is to be seen
     while recording.done < num_images:
         first = recording.done
         indices = range(first, min(first + batch_size, num_images))
         noise = Noise.from_seed(seed, indices, config)
-        _run(loop, backend, np.array([ids[i % len(ids)] for i in indices]), noise, plan, scale != 1.0, heat)
+        batch = np.array([ids[i % len(ids)] for i in indices])
+        _run(loop, backend, batch, noise, plan, guided, settings["temperature"])
         recording.done = indices.stop
         if partial is not None:
             recording.save(partial)
@@ -375,7 +441,7 @@ def collect(
 
 
 def _run(
-    loop: Loop, backend: RecordingBackend, labels: Array, noise: Noise, plan: list[Any], guided: bool, heat: float
+    loop: Loop, backend: RecordingBackend, labels: Array, noise: Noise, plan: list[Step], guided: bool, heat: float
 ) -> None:
     """One micro-batch's tokens. (Images are not decoded: the VAE has no layers of interest.)"""
     state = loop.state(len(labels), 2 if guided else 1, plan)
@@ -388,6 +454,7 @@ def _run(
 def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: int = 0) -> Recording:
     """Statistics over standard normal inputs, as one has them without calibrating: what calibration must beat."""
     config = bundle.manifest.config
+    rows = max(1, min(rows, RANDOM_TOKENS // config.seq_len))  # every layer's input is held at once
     recording = Recording({"random": True})
     backend = RecordingBackend(bundle, recording, 1, seed, None)
     rng = np.random.default_rng(seed)

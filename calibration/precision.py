@@ -8,6 +8,7 @@ that the model samples from, before a single number is drawn.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arinar.config import ArinarConfig
 from arinar.divergence import mixture_kl
+from arinar.files import check_writable, write_text
 from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
-from arinar.runtime.bundle import Bundle
+from arinar.runtime.bundle import Bundle, Defaults
 
-from .collect import FP16_MAX, CalibrationError, Recording, collect, open_session
+from .collect import FP16_MAX, CalibrationError, Recording, check_arguments, collect, open_session
 from .ranges import METHODS
 
 Array = npt.NDArray[Any]
@@ -213,6 +216,29 @@ def search(
     return chosen, evaluator.cost(chosen) if chosen else Cost(0.0, 0.0, 0.0)
 
 
+def check(
+    config: ArinarConfig,
+    defaults: Defaults,
+    out: str | os.PathLike[str],
+    *,
+    budget_kl: float = DEFAULT_BUDGET_KL,
+    precisions: Sequence[str] = tuple(SCHEMES),
+    **recording_arguments: Any,
+) -> None:
+    """Raise for whatever :func:`calibrate` would not accept, before anything long begins."""
+    for name in precisions:
+        if name not in SCHEMES:
+            raise ValueError(f"precision is {name!r}; choose from {', '.join(SCHEMES)}")
+    if not 0 < budget_kl < math.inf:
+        raise ValueError(f"budget_kl is {budget_kl}; expected a number of nats above 0, for example {DEFAULT_BUDGET_KL:g}")
+    check_arguments(config, defaults, **recording_arguments)
+    out = Path(out)
+    if out.suffix == ".npz":
+        raise ValueError(f"out is {out}; recorded inputs go into a file of that name: give the JSON file another suffix")
+    check_writable(out)
+    check_writable(out.with_suffix(".npz"))
+
+
 def calibrate(
     bundle: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -233,19 +259,19 @@ def calibrate(
         and goes on from it.
     budget_kl : largest mean divergence per feature, in nats, of a precision map.
     precisions : which of ``SCHEMES`` to rank layers and search a map for; () only records.
-    recording_arguments : as for :func:`arinar.calibration.collect.collect`.
+    recording_arguments : as for :func:`arinar.calibration.collect.check_arguments`.
 
-    Raises CalibrationError, ValueError or FloatingPointError (which names layer and step).
+    Raises CalibrationError, ValueError (BundleError for a damaged bundle), or FloatingPointError (which names layer and
+    step).
     """
     say = progress or (lambda line: None)
-    for name in precisions:
-        if name not in SCHEMES:
-            raise ValueError(f"precision is {name!r}; choose from {', '.join(SCHEMES)}")
-    if not budget_kl >= 0:
-        raise ValueError(f"budget_kl is {budget_kl}; expected a number of nats, at least 0")
     opened, out = Bundle.open(bundle), Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise CalibrationError(f"cannot write {out}: " + ("it is a folder" if out.is_dir() else "its folder does not exist"))
+    manifest = opened.manifest
+    check(
+        manifest.config, manifest.defaults, out, budget_kl=budget_kl, precisions=precisions, num_images=num_images,
+        **recording_arguments,
+    )  # fmt: skip
+    opened.verify(sorted({name for graph in manifest.precision_graphs("fp32").values() for name in graph.files}))
     kept = out.with_suffix(".npz")
     recording = collect(opened, num_images=num_images, partial=kept, threads=threads, progress=say, **recording_arguments)
     evaluator = Evaluator(opened, recording, threads)
@@ -279,9 +305,7 @@ def calibrate(
             # Whatever the budget: how each layer would be quantised.
             "all_layers": {name: _plan_entry(plan) for name, plan in plans.items()},
         }  # fmt: skip
-    temporary = out.with_name(f".{out.name}.partial")
-    temporary.write_text(to_json(result), encoding="utf-8")
-    os.replace(temporary, out)
+    write_text(out, to_json(result))
     return result
 
 
@@ -297,27 +321,35 @@ def _layer_entry(layer: Layer, recording: Recording) -> dict[str, Any]:
     mean = statistics.total / count
     return {
         "weight": list(layer.weight.shape), "values": statistics.count,
-        "min": _round(statistics.low), "max": _round(statistics.high), "mean": _round(mean),
+        "min": _round(statistics.low if statistics.count else 0), "max": _round(statistics.high if statistics.count else 0),
+        "mean": _round(mean),
         "std": _round(float(np.sqrt(max(statistics.squares / count - mean**2, 0)))),
         "ranges": {name: _round(value) for name, value in statistics.ranges().items()},
+        "ranges_per_channel": {name: [_round(v) for v in found] for name, found in statistics.channel_ranges().items()},
         "absmax_per_step": [_round(v) for v in statistics.step_absmax],
+        # What `arinar export` reads: "absmax" of the ranges per channel.
         "absmax_per_channel": [_round(v) for v in statistics.channel_absmax],
     }  # fmt: skip
 
 
 def _activations(recording: Recording) -> dict[str, Any]:
     """Largest magnitude of every float tensor, and what that says about float16."""
-    found: dict[str, Any] = {"fp16_max": FP16_MAX, "graphs": {}}
+    found: dict[str, Any] = {"fp16_max": FP16_MAX, "fp16_limit": FP16_MARGIN * FP16_MAX, "graphs": {}}
+    unsafe: list[dict[str, Any]] = []
     worst = (0.0, "", "", 0)
     for graph, maxima in recording.maxima.items():
         names = recording.tensors[graph]
         peaks = maxima.max(1)
         found["graphs"][graph] = {name: _round(peak) for name, peak in zip(names, peaks, strict=True)}
+        unsafe += [
+            {"graph": graph, "tensor": names[i], "step": int(maxima[i].argmax()), "value": _round(peaks[i])}
+            for i in np.nonzero(peaks >= FP16_MARGIN * FP16_MAX)[0]
+        ]
         index = int(peaks.argmax())
         if peaks[index] > worst[0]:
             worst = (float(peaks[index]), graph, names[index], int(maxima[index].argmax()))
     found["largest"] = {"value": _round(worst[0]), "graph": worst[1], "tensor": worst[2], "step": worst[3]}
-    found["fp16_safe"] = bool(worst[0] < FP16_MARGIN * FP16_MAX)
+    found["fp16_safe"], found["fp16_unsafe"] = not unsafe, unsafe
     return found
 
 
@@ -334,5 +366,5 @@ def to_json(result: Mapping[str, Any]) -> str:
     """Indented, but with lists of numbers on one line."""
     import re
 
-    text = json.dumps(result, indent=1)
+    text = json.dumps(result, indent=1, allow_nan=False)
     return re.sub(r"\[[\s\d.eE+,-]*\]", lambda m: " ".join(m[0].split()), text) + "\n"

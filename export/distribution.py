@@ -1,7 +1,9 @@
 """Parity's fourth level: do many deployed images follow the law of many PyTorch images?
 
 Three sets of samples: PyTorch with seed A, PyTorch with seed B, the deployed pipeline with seed A. How far the second
-is from the first is the yardstick: that much, two correct runs differ. The deployed set must not be much further away.
+is from the first is the yardstick: that much, two correct runs differ. The deployed set must not be much further from the
+second, with which it shares no noise. From the first, with which it shares all of it, it must be far less away where
+rounding changes little; that says nothing by itself where images part.
 
 Features are pluggable: any callable images (N, H, W, 3) uint8 -> (N, F). Built in is one that needs no download;
 statistics of a reference set (``mu``, ``sigma`` in an .npz, as torch-fidelity and pytorch-fid keep them) can be given,
@@ -11,6 +13,7 @@ made with the same features.
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from arinar.config import PRESETS, ArinarConfig
-from arinar.divergence import frechet_between, frechet_distance, mmd_test
+from arinar.divergence import frechet_between, frechet_distance, mean_and_covariance, mmd_test
 from arinar.model import Arinar, denormalize, unpatchify
 from arinar.runtime.noise import Noise
 from arinar.runtime.pipeline import Pipeline
@@ -33,6 +36,7 @@ Features = Callable[[Array], Array]
 
 #: Fewer samples than this do not determine a covariance worth comparing.
 MIN_SAMPLES = 64
+PERMUTATIONS = 2000
 # Images that PyTorch generates at a time.
 REFERENCE_BATCH = 64
 BUILTIN_WIDTH, _SIDE, _CELLS, _ANGLES = 32, 32, 4, 8
@@ -40,7 +44,8 @@ BUILTIN_WIDTH, _SIDE, _CELLS, _ANGLES = 32, 32, 4, 8
 
 @dataclass(frozen=True)
 class Distribution:
-    """What level 4 measured. ``frechet`` is deployed against PyTorch, ``yardstick`` PyTorch against PyTorch.
+    """What level 4 measured. Frechet distances: ``yardstick`` PyTorch against PyTorch, ``independent`` deployed against
+    PyTorch with another seed, ``frechet`` with the same noise. ``mmd``, ``mmd_p`` with another seed as well.
 
     ``agreement`` of a classifier with the labels, ``drop`` how much less than PyTorch's, ``drop_error`` the standard
     error of that (paired, as both see the same noise); None where there is no classifier. ``reference_distance`` and
@@ -51,6 +56,7 @@ class Distribution:
     features: str
     frechet: float
     yardstick: float
+    independent: float
     mmd: float
     mmd_p: float
     agreement: float | None = None
@@ -59,6 +65,15 @@ class Distribution:
     drop_error: float | None = None
     reference_distance: float | None = None
     deployed_distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What images are compared by: an extractor that has been tried on an image, and ``mu``, ``sigma`` to compare with."""
+
+    name: str
+    extract: Features
+    stats: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,17 @@ class References:
     settings: dict[str, Any]
 
 
+def check_samples(count: int) -> None:
+    if count < MIN_SAMPLES:
+        raise ValueError(f"--distribution is {count}; comparing distributions needs at least {MIN_SAMPLES} samples")
+
+
 def make_references(
     model: Arinar, vae: AutoencoderKL, count: int, settings: dict[str, Any], progress: Callable[[str], None] | None = None
 ) -> References:
     """PyTorch's two sets of ``count`` images, all classes in turn. ``settings``: guidance_scale, cfg_schedule,
     temperature, num_iter, seed. Raises ValueError for too few."""
-    if count < MIN_SAMPLES:
-        raise ValueError(f"--distribution is {count}; comparing distributions needs at least {MIN_SAMPLES} samples")
+    check_samples(count)
     config = model.config
     labels = [i % config.num_classes for i in range(count)]
     sets = []
@@ -99,19 +118,42 @@ def make_references(
     return References(sets[0], sets[1], labels, dict(settings))
 
 
+def open_measure(features: str | Features, stats: Path | None, config: ArinarConfig) -> Measure:
+    """Find the extractor, try it on black images of the model's size, read the statistics -> what to compare by.
+
+    Raises ValueError where anything is missing or does not fit: known before the first image is generated.
+    """
+    extract = feature_extractor(features, config)
+    name = features if isinstance(features, str) else getattr(features, "__name__", "custom")
+    try:
+        found = extract(np.zeros((2, config.img_size, config.img_size, 3), np.uint8))
+    except Exception as error:  # somebody else's code
+        raise ValueError(f"the feature extractor {name} fails on black images: {type(error).__name__}: {error}") from error
+    width = check_features(found, 2, name).shape[1]
+    return Measure(name, extract, None if stats is None else read_stats(stats, width))
+
+
 def compare(
-    pipeline: Pipeline, references: References, *, features: str | Features = "builtin", stats: Path | None = None
-) -> tuple[Distribution, Array]:
-    """Generate the deployed set and measure -> result, deployed images (N, H, W, 3) uint8."""
+    pipeline: Pipeline, references: References, *, features: str | Features = "builtin", stats: Path | None = None,
+    measure: Measure | None = None,
+) -> tuple[Distribution, Array]:  # fmt: skip
+    """Generate the deployed set and measure -> result, deployed images (N, H, W, 3) uint8.
+
+    ``measure``, from :func:`open_measure`, takes the place of ``features`` and ``stats``.
+    """
     settings, config = references.settings, pipeline.config
+    measure = measure or open_measure(features, stats, config)
     made = pipeline.generate(
         references.labels, guidance_scale=settings["guidance_scale"], cfg_schedule=settings["cfg_schedule"],
         temperature=settings["temperature"], num_iter=settings["num_iter"], seed=settings["seed"],
     )  # fmt: skip
     deployed = np.stack([np.asarray(image) for image in made.images])
-    extract = feature_extractor(features, config)
-    first, second, ours = (check_features(extract(images)) for images in (references.first, references.second, deployed))
-    mmd, p = mmd_test(first, ours)
+    first, second, ours = (
+        check_features(measure.extract(images), len(images), measure.name)
+        for images in (references.first, references.second, deployed)
+    )
+    groups = np.array(references.labels)
+    mmd, p = mmd_test(second, ours, permutations=PERMUTATIONS, strata=(groups, groups))
     found: dict[str, Any] = {}
     right = [right_answers(images, references.labels, config) for images in (references.first, deployed)]
     if right[0] is not None and right[1] is not None:
@@ -120,14 +162,13 @@ def compare(
             "agreement": float(right[1].mean()), "reference_agreement": float(right[0].mean()),
             "drop": float(change.mean()), "drop_error": float(change.std() / len(change) ** 0.5),
         }  # fmt: skip
-    if stats is not None:
-        mean, covariance = read_stats(stats, first.shape[1])
+    if measure.stats is not None:
         for name, values in (("reference_distance", first), ("deployed_distance", ours)):
-            found[name] = frechet_distance(values.mean(0), np.cov(values, rowvar=False), mean, covariance)
-    name = features if isinstance(features, str) else getattr(features, "__name__", "custom")
+            found[name] = frechet_distance(*mean_and_covariance(values), *measure.stats)
     result = Distribution(
-        len(ours), name, frechet_between(first, ours), frechet_between(first, second), mmd, p, **found
-    )
+        len(ours), measure.name, frechet_between(first, ours), frechet_between(first, second),
+        frechet_between(second, ours), mmd, p, **found,
+    )  # fmt: skip
     return result, deployed
 
 
@@ -159,12 +200,16 @@ def feature_extractor(features: str | Features, config: ArinarConfig) -> Feature
     if features == "inception":
         return _inception()
     module, _, name = features.partition(":")
-    if not name:
+    if not module or not name:
         raise ValueError(f"features is {features!r}; choose builtin, inception, or your own as module:function")
     try:
         found: Features = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"features {features!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever somebody else's module raises as it is imported
+        raise ValueError(
+            f"features {features!r} cannot be imported: {error}; expected module:function, the module on PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"features {features!r} is {type(found).__name__}; expected a function of images (N, H, W, 3) uint8")
     return found
 
 
@@ -230,23 +275,30 @@ def _inception() -> Features:
     return extract
 
 
-def check_features(values: Any) -> Array:
+def check_features(values: Any, count: int, name: str) -> Array:
     found: Array = np.asarray(values, np.float64)
-    if found.ndim != 2 or not np.isfinite(found).all():
-        raise ValueError(f"the feature extractor gave {found.shape}; expected finite values (N, F)")
+    if found.ndim != 2 or len(found) != count or not found.shape[1] or not np.isfinite(found).all():
+        what = "" if np.isfinite(found).all() else ", not all of it finite"
+        raise ValueError(
+            f"the feature extractor {name} gave {found.shape}{what} for {count} images; expected finite values ({count}, F)"
+        )
     return found
 
 
 def read_stats(path: Path, width: int) -> tuple[Array, Array]:
     """``mu`` (F,) and ``sigma`` (F, F) of an .npz file. Raises ValueError where they do not fit the features."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a file of that kind" if path.exists() else "there is no such file")
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what NumPy, zipfile and zlib raise for damaged files has no common type
         raise ValueError(f"{path} holds no statistics ({error}); expected an .npz with mu (F,) and sigma (F, F)") from error
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError(
             f"{path} has mu {mean.shape} and sigma {covariance.shape}; the features are {width} wide: make statistics "
             f"and compare with the same features (--features)"
         )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path} has a mu or sigma that is not finite; make the statistics again, from more images")
     return mean, covariance

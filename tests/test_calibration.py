@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +20,11 @@ pytest.importorskip("onnxruntime")
 
 from arinar.calibration import collect as recording_module
 from arinar.calibration.collect import CalibrationError, Recording, collect, collect_random
-from arinar.calibration.precision import Cost, Evaluator, calibrate, layer_plan, search, to_json
-from arinar.calibration.ranges import METHODS, TensorStatistics
+from arinar.calibration.precision import Cost, Evaluator, _activations, calibrate, layer_plan, search, to_json
+from arinar.calibration.ranges import CHANNEL_BINS, METHODS, TensorStatistics
 from arinar.cli import main
 from arinar.quantization import LayerPlan
-from arinar.runtime.bundle import Bundle
+from arinar.runtime.bundle import Bundle, BundleError
 
 QUICK: dict[str, Any] = {"num_images": 4, "num_iter": 3, "batch_size": 2, "threads": 1}
 
@@ -47,8 +50,46 @@ def test_statistics_do_not_depend_on_how_values_arrive() -> None:
     np.testing.assert_array_equal(whole.channel_absmax, np.abs(values).max(0))
     assert whole.absmax == np.abs(values).max() and whole.low == values.min() and whole.high == values.max()
     assert parts.step_absmax.tolist() == [whole.absmax, 0]
+    np.testing.assert_array_equal(whole.channel_histogram, parts.channel_histogram)
+    np.testing.assert_array_equal(whole.channel_limit, parts.channel_limit)
     again = TensorStatistics.from_arrays(whole.arrays())
     assert again.ranges() == whole.ranges() and again.count == whole.count
+    for name, found in whole.channel_ranges().items():
+        np.testing.assert_array_equal(found, again.channel_ranges()[name])
+    with pytest.raises(ValueError, match="channel_histogram has shape"):
+        TensorStatistics.from_arrays(whole.arrays() | {"channel_histogram": np.zeros((8, 3), np.uint32)})
+
+
+def test_each_channel_has_ranges_of_its_own_by_every_method() -> None:
+    rng = np.random.default_rng(4)
+    scales = np.array([1e-3, 0.1, 1.0, 30.0, 0.0])
+    values = (rng.standard_normal((20_000, 5)) * scales).astype(np.float32)
+    values[7, 1] = 5.0  # an outlier
+    statistics = TensorStatistics(5, 1)
+    for chunk in np.array_split(values, 5):
+        statistics.update(chunk, 0)
+    ranges = statistics.channel_ranges()
+    assert set(ranges) == set(METHODS)
+    np.testing.assert_array_equal(ranges["absmax"], np.abs(values).max(0))
+    bin_width = statistics.channel_limit / CHANNEL_BINS
+    quantile = np.quantile(np.abs(values), 0.9999, axis=0)
+    assert (np.abs(ranges["percentile"] - quantile) <= 2 * bin_width + 0.05 * quantile)[[0, 2, 3]].all()
+    for name in METHODS:
+        assert (ranges[name] <= ranges["absmax"]).all() and ranges[name][4] == 0, name
+    # The outlier alone does not set the range (of the squared error it is a large part).
+    assert ranges["percentile"][1] < 2.5 and ranges["entropy"][1] < 2.5 and ranges["mse"][1] < 5
+    for name in ("percentile", "entropy", "mse"):  # what a channel gets does not depend on the others
+        alone = TensorStatistics(1, 1)
+        alone.update(values[:, 2:3], 0)
+        assert alone.channel_ranges()[name][0] == ranges[name][2]
+
+    def error(channel: int, clip: float) -> float:
+        step = clip / 127
+        x = values[:, channel]
+        return float(np.square(np.clip(np.round(x / step), -127, 127) * step - x).mean())
+
+    for channel in (0, 2, 3):
+        assert error(channel, ranges["mse"][channel]) <= error(channel, ranges["absmax"][channel]) * 1.02
 
 
 def test_ranges_of_a_tensor_with_outliers() -> None:
@@ -124,9 +165,51 @@ def test_an_interrupted_run_resumes_and_ends_alike(bundle: Bundle, recorded: tup
         np.testing.assert_array_equal(ours.features, theirs.features)
     with pytest.raises(CalibrationError, match=r"another calibration \(seed differ\); delete it"):
         collect(bundle, partial=path, seed=5, **QUICK)
-    path.write_bytes(b"torn")
-    with pytest.raises(CalibrationError, match="cannot be read.*delete it"):
-        collect(bundle, partial=path, **QUICK)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_finished_images(
+    bundle: Bundle, recorded: tuple[Recording, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "calib.npz"
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from arinar.calibration.collect import collect\n"
+        "from arinar.runtime.bundle import Bundle\n"
+        "def progress(line):\n"
+        "    if line.startswith('2 of 4'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"collect(Bundle.open({str(bundle.folder)!r}), partial=Path({str(path)!r}), progress=progress, **{QUICK!r})\n"
+    )
+    root = Path(recording_module.__file__).parent.parent
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (tmp_path / ".calib.npz.partial").write_bytes(b"half of a file, as a kill while writing leaves it")
+    said: list[str] = []
+    resumed = collect(bundle, partial=path, progress=said.append, **QUICK)
+    assert said[0] == "resuming after 2 of 4 images" and [p.name for p in tmp_path.iterdir()] == ["calib.npz"]
+    for name, statistics in recorded[0].layers.items():
+        for key, value in statistics.arrays().items():
+            np.testing.assert_array_equal(value, resumed.layers[name].arrays()[key])
+    for graph, feeds in recorded[0].launches.items():
+        for ours, theirs in zip(feeds, resumed.launches[graph], strict=True):
+            for key, value in ours.items():
+                np.testing.assert_array_equal(value, theirs[key])
+
+
+def test_damaged_recordings_are_refused(recorded: tuple[Recording, Path], tmp_path: Path) -> None:
+    content = recorded[1].read_bytes()
+    flipped, directory = bytearray(content), bytearray(content)
+    flipped[len(content) // 3] ^= 255
+    directory[-200] ^= 255
+    path = tmp_path / "calib.npz"
+    torn = [content[:length] for length in (0, 4, 1000, len(content) // 2, len(content) - 10)]
+    for damaged in (b"not a zip file", *torn, bytes(flipped), bytes(directory)):
+        path.write_bytes(damaged)
+        with pytest.raises(CalibrationError, match=r"calib.npz is damaged.*delete it and calibrate again"):
+            Recording.load(path)
+    np.savez(path, head=np.array(json.dumps({"version": 99})))
+    with pytest.raises(CalibrationError, match="version 99"):
+        Recording.load(path)
 
 
 def test_causal_models_record_their_prefix_too(causal_bundle: Path) -> None:
@@ -139,6 +222,34 @@ def test_causal_models_record_their_prefix_too(causal_bundle: Path) -> None:
     assert evaluator.cost({first: LayerPlan("int8")}).z_error > 0
 
 
+def test_kept_steps_of_causal_models_are_bounded_in_size(causal_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(causal_bundle)
+    whole = collect(opened, num_images=4, batch_size=4, threads=1)
+    step = next(sample for sample in whole.samples if sample.graph == "outer_step")
+    caches = [value for name, value in step.feed.items() if name.startswith("past_key_values.")]
+    monkeypatch.setattr(recording_module, "SAMPLE_BYTES", 3 * sum(value[0].nbytes for value in caches))
+    recording = collect(opened, num_images=4, batch_size=4, threads=1)
+    for sample in recording.samples:
+        assert sample.features.shape == (len(sample.rows), 15)
+        if sample.graph == "outer_step":
+            assert len(sample.rows) == len(sample.labels) == len(sample.feed["rows"]) == 3
+            assert all(len(value) == 3 for name, value in sample.feed.items() if name.startswith("past_key_values."))
+    assert all(len(feed["rows"]) == 3 for feed in recording.launches["outer_step"])
+    for name, statistics in whole.layers.items():  # ranges are taken over everything all the same
+        assert statistics.ranges() == recording.layers[name].ranges()
+    # What is kept is consistent: the graphs, run on it, give the very z that its features were drawn from.
+    evaluator = Evaluator(opened, recording, 1)
+    assert evaluator.cost({}).kl < 1e-9
+    offset, by_step = 0, {sample.step: sample for sample in whole.samples if sample.graph == "outer_step"}
+    for sample in recording.samples:
+        z = evaluator._z[offset : offset + len(sample.rows)]
+        offset += len(sample.rows)
+        if sample.step in by_step and sample.graph == "outer_step":
+            full = by_step[sample.step]
+            (want,) = evaluator._sessions["outer_step"].run(["z"], full.feed)
+            assert all(np.abs(want - row).max(1).min() < 1e-5 for row in z)
+
+
 def test_bad_input(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="num_images is 2; ranges need at least 4"):
         collect(bundle, num_images=2)
@@ -148,13 +259,46 @@ def test_bad_input(bundle: Bundle, tmp_path: Path) -> None:
         collect(bundle, num_images=4, guidance_scale=0.5)
     with pytest.raises(ValueError, match="precision is 'int4'; choose from int8"):
         calibrate(bundle.folder, tmp_path / "x.json", precisions=["int4"])
-    with pytest.raises(ValueError, match="budget_kl is nan"):
-        calibrate(bundle.folder, tmp_path / "x.json", budget_kl=float("nan"))
-    with pytest.raises(CalibrationError, match="its folder does not exist"):
+    for budget in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"budget_kl is {budget}; expected a number of nats above 0"):
+            calibrate(bundle.folder, tmp_path / "x.json", budget_kl=budget)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        calibrate(bundle.folder, tmp_path / "x.json", batch_size=0)
+    with pytest.raises(ValueError, match="seed is -1"):
+        calibrate(bundle.folder, tmp_path / "x.json", seed=-1)
+    with pytest.raises(ValueError, match="give the JSON file another suffix"):
+        calibrate(bundle.folder, tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="no does not exist; make it"):
         calibrate(bundle.folder, tmp_path / "no" / "x.json")
     result = CliRunner().invoke(main, ["calibrate", str(bundle.folder), "--labels", "12", "-o", str(tmp_path / "x.json")])
     assert result.exit_code == 2 and "label 12 is out of range" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_checks_its_arguments_before_it_exports_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "x.json"
+    for words, message in (
+        (["digits", "--num-images", "2"], "num_images is 2"), (["digits", "--labels", "3,12"], "label 12 is out of range"),
+        (["digits", "--budget-kl", "0"], "budget_kl is 0.0"), (["digits", "--precision", "int4"], "precision is 'int4'"),
+        (["digits-causal", "--num-iter", "3"], "num_iter is 3"), ([str(tmp_path / "none")], "there is no bundle or checkpoint"),
+        ([str(tmp_path), "--vae", "digits"], "a bundle has its own"),
+    ):  # fmt: skip
+        result = CliRunner().invoke(main, ["calibrate", *words, "-o", str(out)])
+        assert result.exit_code == 2 and message in result.stderr and "tracing" not in result.stderr, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_bundle_is_not_calibrated(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    weights = folder / "graphs" / "fp32" / "weights.data"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 255
+    weights.write_bytes(bytes(content))
+    with pytest.raises(BundleError, match="weights.data"):
+        calibrate(folder, tmp_path / "x.json", **QUICK)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_activations_that_are_not_finite_name_layer_and_step(bundle: Bundle, tmp_path: Path) -> None:
@@ -231,13 +375,38 @@ def test_calibrate_writes_a_file_that_export_reads(
     assert found["kl"] <= 1e-3 and found["bytes"] < 0.5 * found["bytes_fp32"]
     assert [row["kl"] for row in found["ranking"]] == sorted((row["kl"] for row in found["ranking"]), reverse=True)
     assert set(found["quantized"]) | set(found["fp32"]) == set(result["layers"]) and "inner_step/head" in found["fp32"]
-    assert result["activations"]["fp16_safe"] is True and 0 < result["activations"]["largest"]["value"] < 1000
+    for entry in result["layers"].values():
+        channels = entry["weight"][0]
+        assert set(entry["ranges"]) == set(entry["ranges_per_channel"]) == set(METHODS)
+        assert {len(values) for values in entry["ranges_per_channel"].values()} == {channels}
+        assert entry["ranges_per_channel"]["absmax"] == entry["absmax_per_channel"] and len(entry["absmax_per_step"]) == 3
+    assert result["activations"]["fp16_safe"] is True and result["activations"]["fp16_unsafe"] == []
+    assert 0 < result["activations"]["largest"]["value"] < 1000
     text = out.read_text()
     assert json.loads(text) == json.loads(to_json(result)) and max(map(len, text.splitlines())) < 6000
     assert Calibration.read(out).maps.keys() == {"int8-static"}
     quantize_bundle(folder, "int8-static", out)
     images = Pipeline.load(folder, precision="int8-static", threads=1).generate([1, 2], num_iter=2).images
     assert len(images) == 2
+
+
+def test_activations_too_large_for_fp16_are_named() -> None:
+    maxima = np.array([[1.0, 2.0], [3.0, 20_000.0]])
+    found = _activations(Recording({}, maxima={"outer_step": maxima}, tensors={"outer_step": ["a", "b"]}))
+    assert not found["fp16_safe"]
+    assert found["fp16_unsafe"] == [{"graph": "outer_step", "tensor": "b", "step": 1, "value": 20_000.0}]
+
+
+def test_a_layer_that_sees_nothing_leaves_the_file_readable(bundle: Bundle, tmp_path: Path) -> None:
+    # One step alone: no token is ever known, the token projection computes nothing.
+    out = tmp_path / "calib.json"
+    calibrate(bundle.folder, out, precisions=(), **(QUICK | {"num_iter": 1}))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    data = json.loads(out.read_text(), parse_constant=refuse)  # neither Infinity nor NaN
+    assert data["layers"]["outer_step/z_proj"]["values"] == 0 and data["layers"]["outer_step/z_proj"]["min"] == 0
 
 
 def test_budget_of_zero_quantises_nothing() -> None:

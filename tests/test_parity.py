@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,21 @@ from arinar.checkpoint import load_arinar, load_vae
 from arinar.cli import main
 from arinar.divergence import frechet_between, frechet_distance, mixture_kl, mmd_test, responsible_component
 from arinar.export import distribution
-from arinar.export.parity import THRESHOLDS, ParityReport, parse_thresholds, run_parity
+from arinar.export import parity as parity_module
+from arinar.export.parity import (
+    PARAMETERS,
+    THRESHOLDS,
+    Check,
+    ParityReport,
+    add_distribution,
+    parse_thresholds,
+    psnr,
+    run_parity,
+)
 from arinar.model import Arinar
 from arinar.runtime import Pipeline
 from arinar.runtime.bundle import PRECISIONS, BundleError
+from arinar.runtime.engines import EngineError
 from arinar.vae import AutoencoderKL
 
 QUICK: dict[str, Any] = {"labels": [3, 7], "num_iter": 3, "guidance_scale": 2.0}
@@ -50,9 +63,22 @@ def test_the_right_model_passes_every_level(pipeline: Pipeline, model: Arinar, v
     report = run_parity(pipeline, model, vae, **QUICK)
     assert report.passed, report.table()
     assert {c.level for c in report.checks} == {"graph", "teacher-forced", "free-running"}
-    assert len(report.curves["z"]) == 3 and np.array(report.tables["kl"]).shape == (3, 16)
-    assert report.histograms["reference"] == report.histograms["deployed"]
-    assert sum(report.histograms["reference"]) == 2 * 16 * 16
+    for name in ("z", *PARAMETERS, "kl"):
+        largest, mean = (np.array(report.curves[f"{name}{kind}"]) for kind in ("", " mean"))
+        assert largest.shape == mean.shape == (3,) and (mean > 0).all() and (mean < largest).all()
+    for name in PARAMETERS:  # the same numbers, by feature as well
+        largest, mean = (np.array(report.tables[f"{name}{kind}"]) for kind in ("", " mean"))
+        assert largest.shape == mean.shape == (3, 16)
+        np.testing.assert_allclose(largest.max(1), report.curves[name])
+        np.testing.assert_allclose(mean.mean(1), report.curves[f"{name} mean"])
+    assert np.array(report.tables["kl"]).shape == (3, 16)
+    for prefix in ("", "own "):
+        assert report.histograms[f"{prefix}reference"] == report.histograms[f"{prefix}deployed"]
+        assert sum(report.histograms[f"{prefix}reference"]) == 2 * 16 * 16
+    assert check(report, "free-running", "same picks").value == 1 and report.curves["same picks"] == [1, 1, 1]
+    compared = {c.name for c in report.checks if c.level == "graph"}
+    assert compared == set(pipeline.bundle.manifest.graphs["fp32"])  # what generation runs, and all the rest
+    assert report.first_divergence is None and report.provenance["exported from these weights"] == "yes"
     assert report.images["reference"].shape == (2, 32, 32, 3)
     assert "all" in report.table() and report.to_dict()["passed"] is True
     assert set(report.provenance["sha256"]) <= set(pipeline.bundle.manifest.files)
@@ -81,6 +107,14 @@ def test_another_model_fails_and_the_first_bad_step_is_named(
     assert f"first beyond the limit at step {step}" in found.note
     assert not check(report, "graph", "outer_step").passed and check(report, "graph", "inner_step").passed
     assert "FAIL" in report.table()
+    assert report.first_divergence == "level 1, graph: outer_step, output z"
+    assert report.first_divergence in report.table() and "exported from other weights" in report.table()
+    # With the graphs' limit out of the way, what the trajectory shows is named, by its outer step.
+    loose = parse_thresholds(["graph=1", "token=1"], "fp32")
+    report = run_parity(pipeline, other, vae, thresholds=loose, **QUICK)
+    first = report.first_failure
+    assert first is not None and first.level == "teacher-forced" and first.step == step
+    assert report.first_divergence is not None and f"outer step {step}" in report.first_divergence
 
 
 def test_an_inner_model_that_differs_shows_in_the_mixtures_only(
@@ -93,7 +127,69 @@ def test_an_inner_model_that_differs_shows_in_the_mixtures_only(
     assert check(report, "teacher-forced", "z").passed
     assert not check(report, "teacher-forced", "mu").passed and not check(report, "teacher-forced", "kl").passed
     assert check(report, "teacher-forced", "logvar").passed
+    assert "feature" in check(report, "teacher-forced", "mu").where
+    for name in ("inner_step", "inner_token", "inner_token_guided"):
+        assert not check(report, "graph", name).passed, name
     assert not check(report, "free-running", "images within 1 grey level").passed
+    assert check(report, "free-running", "same picks").value < 1
+    assert not check(report, "free-running", "median PSNR, dB").passed
+
+
+def test_values_that_are_not_finite_never_pass(
+    pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(pipeline: Any, graph: Any, feed: Any, shapes: Any) -> Any:
+        return [np.full(shape, np.nan, np.float32) for shape in shapes]
+
+    with monkeypatch.context() as patch:  # a backend that does not notice
+        patch.setattr(parity_module, "launch", nothing)
+        report = run_parity(pipeline, model, vae, **QUICK)
+    failed = {c.name for c in report.failed}
+    assert {"outer_step", "inner_token_guided", "vae_decoder"} <= failed and "z" not in failed
+    json.loads(json.dumps(report.to_dict(), allow_nan=False))
+
+    def refuse(graph: str, *arguments: Any) -> None:
+        raise FloatingPointError(f"graph {graph!r} made non-finite values in its output 'z'")
+
+    with monkeypatch.context() as patch:  # and one that does
+        patch.setattr(pipeline.backend, "launch", refuse)
+        patch.setattr(pipeline.backend, "launch_all", refuse)
+        report = run_parity(pipeline, model, vae, distribution=64, **QUICK)
+    assert {c.name for c in report.failed} >= {"outer_step", "finite values", "finite images"}
+    assert report.distribution is None and "level 4 was not run" in report.notes[0]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_parameter("decoder_norm.weight")[0] = np.inf
+    with pytest.raises(FloatingPointError, match="the checkpoint itself gives values that are not finite .* at outer step 0"):
+        run_parity(pipeline, other, vae, **QUICK)
+
+
+def test_a_graph_without_engine_is_left_out_only_where_generation_can_do_without(
+    pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = parity_module.launch
+    missing = "vae_encoder"
+
+    def no_engine(pipeline: Any, graph: Any, *arguments: Any) -> Any:
+        if graph.name == missing:
+            raise EngineError(f"no engine of graph {graph.name!r}")
+        return launch(pipeline, graph, *arguments)
+
+    monkeypatch.setattr(parity_module, "launch", no_engine)
+    report = run_parity(pipeline, model, vae, **QUICK)
+    assert report.passed and report.notes == [
+        "graph vae_encoder was not compared, generation does not need it: no engine of graph 'vae_encoder'"
+    ]
+    missing = "inner_step"
+    with pytest.raises(EngineError, match="inner_step"):
+        run_parity(pipeline, model, vae, **QUICK)
+
+
+def test_random_inputs_lie_within_what_engines_are_built_for(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
+    specs = parity_module.graph_specs(model, vae)
+    sizes = {name: parity_module._sizes(spec, pipeline, 2, 4) for name, spec in specs.items()}
+    assert sizes["outer_step"]["B"] == 2 and sizes["inner_step"] == {"N": 4, "S": 16}
+    assert sizes["mixture_sample"]["M"] == 4 and sizes["vae_decoder"]["B"] <= 2
 
 
 def test_models_of_different_configuration_are_refused(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
@@ -109,7 +205,36 @@ def test_thresholds_can_be_overridden() -> None:
         parse_thresholds(["zz=1"], "fp32")
     with pytest.raises(ValueError, match="'z=big' has no number"):
         parse_thresholds(["z=big"], "fp32")
+    for wrong in ("z=-1", "z=nan"):
+        with pytest.raises(ValueError, match="expected a number of at least 0"):
+            parse_thresholds([wrong], "fp32")
     assert set(THRESHOLDS) == set(PRECISIONS)
+
+
+def test_overridden_limits_are_said_and_hold_for_shared_graphs(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
+    report = run_parity(pipeline, model, vae, thresholds=parse_thresholds(["z=0", "psnr=0"], "fp32"), **QUICK)
+    assert report.changed_limits == {"z": (1e-4, 0.0), "psnr": (45.0, 0.0)}
+    assert "the limit z was set to 0; fp32's is 0.0001" in report.table()
+    assert report.limited == len(report.checks) - 2  # of PSNR there is none any more, of agreeing tokens there never is
+    assert f"1 of {report.limited} checks FAILED" in report.table()
+    assert report.first_divergence == "level 2, teacher-forced: z, outer step 0"
+
+
+def test_bad_arguments_are_known_before_anything_is_generated(
+    pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity_module, "sample", lambda *args, **kwargs: pytest.fail("it began"))
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for arguments, message in (
+        ({"labels": [10]}, "label 10 is out of range"), ({"num_iter": 0}, "num_iter is 0"),
+        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"), ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"seed": -1}, "seed is -1"), ({"distribution": 10}, "at least 64 samples"),
+        ({"distribution": 64, "features": "nowhere:f"}, "cannot be imported"),
+        ({"distribution": 64, "fid_stats": tmp_path / "narrow.npz"}, "features are 32 wide"),
+        ({"distribution": 64, "fid_stats": tmp_path / "none.npz"}, "there is no such file"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run_parity(pipeline, model, vae, **(QUICK | arguments))
 
 
 def test_the_command_writes_a_report_and_exits_with_1_beyond_a_limit(digits_bundle: Path, tmp_path: Path) -> None:
@@ -119,12 +244,41 @@ def test_the_command_writes_a_report_and_exits_with_1_beyond_a_limit(digits_bund
 
     result = run("--threshold", "z=0", "--report", tmp_path / "report.html")
     assert result.exit_code == 1 and "1 of" in result.stdout and "FAILED" in result.stdout
-    assert "1 check failed; the first: z" in (tmp_path / "report.html").read_text()
+    assert "First divergence: level 2, teacher-forced: z, outer step 0" in (tmp_path / "report.html").read_text()
     unknown = run("--threshold", "zeta=0")
     assert unknown.exit_code == 2 and "no threshold 'zeta'" in unknown.stderr
     np.savez(tmp_path / "stats.npz", mu=0)
     alone = run("--fid-stats", tmp_path / "stats.npz")
     assert alone.exit_code == 2 and "--distribution N" in alone.stderr
+    assert run("--features", "mine:f").exit_code == 2
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "none" / "report.html", tmp_path / "file" / "report.html"):
+        unwritable = run("--report", place)
+        assert unwritable.exit_code == 2 and "cannot write" in unwritable.stderr and "level 1" not in unwritable.stderr
+
+
+def test_the_command_refuses_steps_that_a_causal_model_does_not_have(causal_bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["parity", str(causal_bundle), "--checkpoint", "digits-causal", "--num-iter", "4"])
+    assert result.exit_code == 2 and "num_iter is 4; a causal model generates one token a step" in result.stderr
+    mixed = CliRunner().invoke(main, ["parity", str(causal_bundle), "--checkpoint", "digits"])
+    assert mixed.exit_code == 2 and "are different models: outer" in mixed.stderr
+
+
+def test_the_first_failure_is_by_level_then_by_step() -> None:
+    report = ParityReport("fp32", "x", {}, [
+        Check("teacher-forced", "z", 1.0, 0.5, step=3), Check("teacher-forced", "mu", 1.0, 0.5, step=1, where="feature 4"),
+        Check("free-running", "same picks", 0.0, 0.9, True, step=0),
+    ])  # fmt: skip
+    assert report.first_divergence == "level 2, teacher-forced: mu, outer step 1, feature 4"
+    report.checks.append(Check("graph", "inner_step", float("nan"), 1e-4, where="output mu"))
+    assert report.first_divergence == "level 1, graph: inner_step, output mu"
+
+
+def test_psnr() -> None:
+    images = np.full((2, 4, 4, 3), 100, np.uint8)
+    other = images.copy()
+    other[1] += 10
+    np.testing.assert_allclose(psnr(other, images), [parity_module.MAX_PSNR, 10 * np.log10(255**2 / 100)])
 
 
 # ---------------------------------------------------------------------------------------------- closed forms
@@ -185,6 +339,8 @@ def test_frechet_distance() -> None:
     assert frechet_distance(np.zeros(3), a, np.zeros(3), b) == pytest.approx(want, rel=1e-6)
     singular = np.diag([1.0, 0.0, 0.0])
     assert frechet_distance(np.zeros(3), singular, np.zeros(3), eye) == pytest.approx(2.0)
+    single = rng.normal(size=(50, 1))
+    assert frechet_between(single, single + 2) == pytest.approx(4)
     samples = rng.normal(size=(500, 3))
     assert frechet_between(samples, samples) == pytest.approx(0, abs=1e-9)
 
@@ -197,6 +353,23 @@ def test_mean_discrepancy_tells_different_from_alike() -> None:
     assert mmd_test(np.array(a), np.array(wide), permutations=200)[1] < 0.01
     distance, p = mmd_test(np.array(a), np.array(a), permutations=50)
     assert abs(distance) < 1e-12 and p == 1.0
+
+
+def test_groups_make_the_discrepancy_test_sharp() -> None:
+    """Where both sets hold so many of each group, differences within groups do not drown in those between them."""
+    rng = np.random.default_rng(3)
+    groups = np.arange(120) % 6
+
+    def draw(shift: float = 0.0) -> Any:
+        return 8 * groups[:, None] + rng.normal(size=(120, 2)) + shift
+
+    first, alike, shifted = draw(), draw(), draw(1.0)
+    strata = (groups, groups)
+    assert mmd_test(first, shifted, permutations=400)[1] > 0.5  # blind
+    assert mmd_test(first, shifted, permutations=400, strata=strata)[1] < 0.01
+    ps = [mmd_test(draw(), draw(), permutations=200, strata=strata)[1] for _ in range(40)]
+    assert 0.3 < np.mean(ps) < 0.7 and min(ps) > 0.001  # an honest p-value is spread over 0 to 1
+    assert mmd_test(first, alike, permutations=400, strata=strata)[1] > 0.01
 
 
 # ---------------------------------------------------------------------------------------------- distribution
@@ -217,9 +390,19 @@ def test_distribution_of_the_right_model(
     np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     found, deployed = distribution.compare(pipeline, references, stats=tmp_path / "stats.npz")
     assert deployed.shape == images.shape == (80, 32, 32, 3)
-    assert found.frechet < 0.1 * found.yardstick and found.mmd_p > 0.5
+    assert found.frechet < 0.1 * found.yardstick and found.mmd_p > 0.01
+    assert found.independent == pytest.approx(found.yardstick, rel=0.05)  # it is the first run once more
     assert found.agreement is not None and found.drop is not None and abs(found.drop) < 0.02
     assert found.deployed_distance is not None and found.deployed_distance < 0.1 * found.yardstick
+
+
+def test_sampling_without_guidance_is_another_law(pipeline: Pipeline, references: distribution.References) -> None:
+    other = replace(references, settings=SETTINGS | {"guidance_scale": 1.0, "temperature": 0.6})
+    found, _ = distribution.compare(pipeline, other)
+    report = ParityReport("int8", "x", {})
+    add_distribution(report, found, THRESHOLDS["int8"])
+    assert {c.name for c in report.failed} >= {"MMD, p-value"}, report.table()
+    assert found.independent > 1.2 * found.yardstick
 
 
 def test_distribution_of_wrong_labels(pipeline: Pipeline, references: distribution.References) -> None:
@@ -238,14 +421,29 @@ def test_bad_statistics_features_and_counts(
     with pytest.raises(ValueError, match="features are 32 wide"):
         distribution.read_stats(tmp_path / "narrow.npz", 32)
     (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="holds no statistics"):
-        distribution.read_stats(tmp_path / "bad.npz", 32)
+    np.savez_compressed(tmp_path / "whole.npz", mu=np.arange(32.0), sigma=np.eye(32))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[60] ^= 255
+    for content in (b"no", b"", whole[:50], whole[:-30], bytes(flipped)):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad.npz holds no statistics .* expected an .npz"):
+            distribution.read_stats(tmp_path / "bad.npz", 32)
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="not finite"):
+        distribution.read_stats(tmp_path / "nan.npz", 3)
     with pytest.raises(ValueError, match="at least 64"):
         distribution.make_references(model, vae, 10, SETTINGS)
     with pytest.raises(ValueError, match="choose builtin, inception"):
         distribution.feature_extractor("vgg", model.config)
     with pytest.raises(ValueError, match="cannot be imported"):
         distribution.feature_extractor("nowhere:f", model.config)
+    with pytest.raises(ValueError, match="is str; expected a function"):
+        distribution.feature_extractor("json:__name__", model.config)
+    with pytest.raises(ValueError, match="json:dumps fails on black images: TypeError"):
+        distribution.open_measure("json:dumps", None, model.config)
+    with pytest.raises(ValueError, match=r"gave \(1, 4\) for 2 images; expected finite values \(2, F\)"):
+        distribution.open_measure(lambda images: np.zeros((1, 4)), None, model.config)
     assert distribution.feature_extractor("arinar.judge:classifier_features", model.config)(references.first).shape == (80, 256)
 
 
