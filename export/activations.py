@@ -142,6 +142,7 @@ def measure_activations(
     """
     backend = WatchingBackend(bundle, precision, threads=threads)
     pipeline = Pipeline(bundle, backend, precision, inner)
+    pipeline.loop.keep_first_step = False  # every launch is to be seen
     pipeline.generate(list(labels), seed=seed, guidance_scale=guidance_scale, num_iter=num_iter)
     return ActivationReport(precision, len(labels), backend.peaks)
 
