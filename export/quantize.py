@@ -53,6 +53,10 @@ class Calibration:
                 raise KeyError("kind")
             version = data["format_version"]
             made = cls(path, dict(data["settings"]["model"]), dict(data["layers"]), dict(data["maps"]))
+            if not made.model:
+                raise KeyError("settings.model")
+        except OSError as error:
+            raise ExportError(f"{path} cannot be read ({error.strerror or error}); `arinar calibrate` writes one") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{path} is not a calibration file ({error!r}); `arinar calibrate` writes one") from error
         if version != CALIBRATION_VERSION:
@@ -70,12 +74,22 @@ class Calibration:
                     f"{have}. Calibrate this bundle: `arinar calibrate {bundle.folder} --out {self.path.name}`"
                 )
 
+    def _damaged(self, what: str, error: Exception) -> ExportError:
+        return ExportError(f"{self.path}: {what} is damaged ({error!r}); calibrate again")
+
     def plan(self, layer: Layer, scheme: str, entry: Mapping[str, Any]) -> LayerPlan:
-        smooth = None
-        if "smooth_alpha" in entry:
-            channels = np.array(self.layers[layer.name]["absmax_per_channel"])
-            smooth = smooth_scale(channels, layer.weight, float(entry["smooth_alpha"]))
-        return LayerPlan(scheme, entry.get("absmax"), smooth)
+        """Raises ExportError naming the layer where what the file says of it cannot be used."""
+        try:
+            smooth = None
+            if "smooth_alpha" in entry:
+                channels = np.array(self.layers[layer.name]["absmax_per_channel"], np.float64)
+                if channels.shape != layer.weight.shape[:1]:
+                    raise ValueError(f"absmax_per_channel has shape {channels.shape}; expected {layer.weight.shape[:1]}")
+                smooth = smooth_scale(channels, layer.weight, float(entry["smooth_alpha"]))
+            absmax = entry.get("absmax")
+            return LayerPlan(scheme, None if absmax is None else float(absmax), smooth)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(f"the entry of layer {layer.name}", error) from error
 
     def plans(self, scheme: str, layers: Mapping[str, Layer]) -> dict[str, LayerPlan]:
         """The precision map that the budget search chose. Raises ExportError where it made none for this precision."""
@@ -84,7 +98,10 @@ class Calibration:
                 f"{self.path} has no map for {scheme}; it has {', '.join(self.maps) or 'none'}. "
                 f"`arinar calibrate --precision {scheme}` makes one"
             )
-        chosen = self.maps[scheme]["quantized"]
+        try:
+            chosen = dict(self.maps[scheme]["quantized"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"the map for {scheme}", error) from error
         unknown = sorted(set(chosen) - set(layers))
         if unknown:
             raise ExportError(f"{self.path} names layers that the bundle does not have: {', '.join(unknown)}")

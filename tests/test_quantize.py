@@ -207,6 +207,42 @@ def test_calibration_files_that_do_not_fit(bundle: Path, tmp_path: Path) -> None
         quantize_bundle(bundle, "fp8", file)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, r"cannot be read \(No such file"),
+        ({"settings": {"model": {}}}, "is not a calibration file"),
+        ({"maps": {"fp8": {}}}, r"the map for fp8 is damaged \(KeyError\('quantized'\)\); calibrate again"),
+        ({"maps": {"fp8": {"quantized": 3}}}, "the map for fp8 is damaged"),
+        ({"maps": {"fp8": {"quantized": {"LAYER": {"absmax": "wide"}}}}}, "the entry of layer LAYER is damaged"),
+        ({"maps": {"fp8": {"quantized": {"LAYER": [1]}}}}, "the entry of layer LAYER is damaged"),
+        ({"maps": {"fp8": {"quantized": {"LAYER": {"absmax": 1.0, "smooth_alpha": 0.5}}}}}, "the entry of layer LAYER"),
+        (
+            {
+                "maps": {"fp8": {"quantized": {"LAYER": {"absmax": 1.0, "smooth_alpha": 0.5}}}},
+                "layers": {"LAYER": {"absmax_per_channel": [1.0]}},
+            },
+            r"the entry of layer LAYER is damaged.*has shape \(1,\); expected",
+        ),
+    ],
+)
+def test_damaged_calibration_files(
+    bundle: Path, tmp_path: Path, change: dict[str, Any] | None, said: str
+) -> None:
+    opened = Bundle.open(bundle)
+    info = opened.manifest.graphs["fp32"]["inner_step"]
+    layer = next(name for name, layer in Graph.load(opened.path(info.file)).layers.items() if layer.wide)
+    file = tmp_path / "calib.json"
+    if change is not None:
+        data = {
+            "kind": "arinar calibration", "format_version": 1, "layers": {}, "maps": {},
+            "settings": {"model": {info.file: opened.manifest.files[info.file].sha256}},
+        } | change  # fmt: skip
+        file.write_text(json.dumps(data).replace("LAYER", layer))
+    with pytest.raises(ExportError, match=said.replace("LAYER", layer)):
+        quantize_bundle(bundle, "fp8", file, name="other")
+
+
 def test_the_command_adds_a_precision_to_a_bundle(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(bundle, folder)
