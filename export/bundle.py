@@ -19,6 +19,7 @@ from torch import Tensor
 
 import arinar
 from arinar.config import ArinarConfig
+from arinar.files import write_text
 from arinar.mixture_law import NUM_CANDIDATES, NUM_UNIFORMS
 from arinar.model import Arinar, CausalArinar
 from arinar.outer import MaskedOuter
@@ -443,9 +444,7 @@ def _merge(old: Manifest, new: Manifest) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of a bundle in one step."""
-    temporary = folder / f".{MANIFEST_NAME}.partial"
-    temporary.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST_NAME)
+    write_text(folder / MANIFEST_NAME, manifest.to_json())
 
 
 @contextmanager
