@@ -15,6 +15,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from arinar.quantization import remove_unused
 from arinar.runtime.bundle import TensorInfo
 
 Array = npt.NDArray[np.generic]
@@ -139,6 +140,7 @@ def export_graph(spec: GraphSpec, folder: Path, store: WeightStore, opset: int =
         del program
         model = onnx.load(raw, load_external_data=False)
         strip(model)
+        fix_shapes(model)
         model.graph.name = spec.name
         check_interface(model, spec)
         pool_weights(model, Path(scratch), store)
@@ -157,6 +159,39 @@ def strip(model: onnx.ModelProto) -> None:
             del item.metadata_props[:]
         if hasattr(item, "doc_string"):
             item.doc_string = ""
+
+
+def fix_shapes(model: onnx.ModelProto) -> int:
+    """Reshape back to the shape of another tensor that is known but for its first axis (as a traced group norm does):
+    a constant shape instead of one measured as the graph runs -> how many were replaced.
+
+    A runtime that knows the sizes beforehand computes what follows in place.
+    """
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
+    known = {tensor.name for tensor in graph.initializer}
+    replaced = 0
+    for node in graph.node:
+        measured = makers.get(node.input[1]) if node.op_type == "Reshape" else None
+        if measured is None or measured.op_type != "Shape" or any(a.name == "end" or a.i for a in measured.attribute):
+            continue
+        first, *rest = shapes.get(measured.input[0]) or [None]
+        came = shapes.get(node.input[0]) or [None]
+        same = first is not None and bool(first.dim_param) and came[0] is not None and came[0].dim_param == first.dim_param
+        if not same or not all(dim.dim_value > 0 for dim in rest):
+            continue
+        sizes = [0, *(dim.dim_value for dim in rest)]  # 0: the size that comes in
+        name = "shape_" + "_".join(map(str, sizes))
+        if name not in known:
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(sizes, np.int64), name))
+            known.add(name)
+        node.input[1] = name
+        del node.attribute[:]  # allowzero
+        replaced += 1
+    if replaced:
+        remove_unused(model)
+    return replaced
 
 
 def check_interface(model: onnx.ModelProto, spec: GraphSpec) -> None:

@@ -22,6 +22,9 @@ LAUNCH_POSITIONS = 1024
 # Graphs of thousands of tiny operations: sharing each of them out costs more than the operation. They run in one thread,
 # several of them side by side.
 SMALL_OPERATIONS = ("inner_token", "inner_token_guided", "mixture_sample", "mixture_sample_guided", "tokens_to_latents")
+# Graphs with activations of many megabytes. Freed and taken again, as for other graphs, that memory would come as new
+# pages each time, or lie about in pieces: twice what a launch needs.
+LARGE_ACTIVATIONS = ("outer_step", "vae_decoder")
 
 
 class OnnxRuntimeCpu:
@@ -53,6 +56,7 @@ class OnnxRuntimeCpu:
         # (A causal step reads every weight for each row: its rows stay together.)
         config = bundle.manifest.config
         self._dynamic = precision in DYNAMIC_PRECISIONS and config.outer == "masked"
+        self._large = [name for name in LARGE_ACTIVATIONS if name != "outer_step" or config.outer == "masked"]
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
         self.threads = threads or usable_cores()
         self._sessions: dict[tuple[str, int], Any] = {}
@@ -69,8 +73,10 @@ class OnnxRuntimeCpu:
             options = self._ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = threads
-            # An arena keeps what the largest launch needed, per session; freed memory serves them all, no slower.
-            options.enable_cpu_mem_arena = False
+            # An arena keeps what its session's largest launches needed at one time; freed memory serves all sessions.
+            options.enable_cpu_mem_arena = name in self._large
+            # (Memory planned ahead would be taken beside the arena's, for each input shape.)
+            options.enable_mem_pattern = not options.enable_cpu_mem_arena
             # Threads that wait for work by spinning would take the cores from the launches that follow.
             options.add_session_config_entry("session.force_spinning_stop", "1")
             self._sessions[name, threads] = self._load(name, options)

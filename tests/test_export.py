@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.export.bundle import export_bundle, graph_specs
-from arinar.export.onnx import ExportError, GraphSpec, WeightStore, export_graph, validate_graph
+from arinar.export.onnx import ExportError, GraphSpec, WeightStore, export_graph, fix_shapes, validate_graph
 from arinar.model import Arinar, initialize
 from arinar.runtime import BundleError, Pipeline
 from arinar.runtime.bundle import TensorInfo
@@ -94,6 +96,44 @@ def test_a_weight_of_several_graphs_is_stored_once(exported: Path) -> None:
                 entries[info["location"], info["offset"]] = int(info["length"])
                 assert int(info["offset"]) + int(info["length"]) <= (folder / info["location"]).stat().st_size
     assert sum(entries.values()) <= stored < sum(entries.values()) + 64 * (len(entries) + 1)
+
+
+@pytest.mark.parametrize("name", ["vae_decoder", "vae_encoder"])
+def test_group_norms_know_their_sizes(exported: Path, name: str) -> None:
+    graph = onnx.load(exported / "graphs" / "fp32" / f"{name}.onnx", load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    assert "Shape" not in kinds and kinds.count("InstanceNormalization") > 4
+    restored = [n for n in graph.node if n.op_type == "Reshape" and n.input[1].startswith("shape_0_")]
+    assert len(restored) >= kinds.count("InstanceNormalization")
+    for node in restored:
+        first, *rest = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
+        assert first == 0 and all(size > 0 for size in rest) and not node.attribute
+
+
+def _reshaped(to: str) -> onnx.ModelProto:
+    """x (N, 6) in the shape of another tensor."""
+    def value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    inputs = [value("x", "N", 6), value("of_n", "N", 2, 3), value("of_m", "M", 2, 3), value("unknown", "N", "A", 3)]
+    nodes = [
+        helper.make_node("Shape", [to], ["shape"]),
+        helper.make_node("Reshape", ["x", "shape"], ["y"], allowzero=1),
+    ]
+    graph = helper.make_graph(nodes, "reshaped", inputs, [value("y", "a", "b", 3)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_a_shape_becomes_constant_only_where_it_is_known() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    model = _reshaped("of_n")
+    assert fix_shapes(model) == 1 and [node.op_type for node in model.graph.node] == ["Reshape"]
+    assert ReferenceEvaluator(model).run(None, {"x": x})[0].shape == (2, 2, 3)
+    for other in ("of_m", "unknown"):
+        model = _reshaped(other)
+        before = model.SerializeToString()
+        assert fix_shapes(model) == 0 and model.SerializeToString() == before
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
