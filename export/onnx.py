@@ -176,12 +176,12 @@ def fix_shapes(model: onnx.ModelProto) -> int:
         measured = makers.get(node.input[1]) if node.op_type == "Reshape" else None
         if measured is None or measured.op_type != "Shape" or any(a.name == "end" or a.i for a in measured.attribute):
             continue
-        first, *rest = shapes.get(measured.input[0]) or [None]
-        came = shapes.get(node.input[0]) or [None]
-        same = first is not None and bool(first.dim_param) and came[0] is not None and came[0].dim_param == first.dim_param
-        if not same or not all(dim.dim_value > 0 for dim in rest):
+        wanted, given = shapes.get(measured.input[0]), shapes.get(node.input[0])
+        if not wanted or not given or not wanted[0].dim_param or wanted[0].dim_param != given[0].dim_param:
             continue
-        sizes = [0, *(dim.dim_value for dim in rest)]  # 0: the size that comes in
+        sizes = [0, *(dim.dim_value for dim in wanted[1:])]  # 0: the size that comes in
+        if 0 in sizes[1:]:
+            continue
         name = "shape_" + "_".join(map(str, sizes))
         if name not in known:
             graph.initializer.append(onnx.numpy_helper.from_array(np.array(sizes, np.int64), name))

@@ -29,6 +29,7 @@ from arinar.runtime.bundle import BundleError, GraphInfo
 from arinar.runtime.cache import KVCache
 from arinar.runtime.engines import EngineError
 from arinar.runtime.noise import Noise
+from arinar.runtime.peaks import processor_name
 from arinar.runtime.pipeline import Pipeline, check_labels, check_num_iter, check_number
 from arinar.sampler import StepRecord, _sample_rows, sample
 from arinar.schedule import Step, steps
@@ -424,14 +425,8 @@ def _processor() -> str:
     import os
     import platform
 
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {platform.machine()}, {os.cpu_count()} CPUs{gpu}"
+    return f"{processor_name()}, {platform.machine()}, {os.cpu_count()} CPUs{gpu}"
 
 
 def _per_graph(

@@ -18,7 +18,7 @@ from arinar.config import VaeConfig
 
 from .backend import usable_cores
 from .cost import WEIGHT_BYTES, Cost, image_cost
-from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
+from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak, processor_name
 from .pipeline import Pipeline, check_num_iter, check_number
 
 #: What each phase is; they add up to the total.
@@ -32,15 +32,11 @@ CPU_BACKEND = "onnxruntime-cpu"
 
 def machine() -> dict[str, Any]:
     """What a result depends on: processor, cores this process may use, versions, the date."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     for name in ("onnxruntime", "tensorrt", "torch"):
         if name in sys.modules:
             versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
-    return {"cpu": model, "cores": usable_cores(), "versions": versions, "date": time.strftime("%Y-%m-%d")}
+    return {"cpu": processor_name(), "cores": usable_cores(), "versions": versions, "date": time.strftime("%Y-%m-%d")}
 
 
 def bench(
