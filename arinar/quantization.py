@@ -9,7 +9,7 @@ products, residuals, the draw from the mixture) stays in float32.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import onnx.reference
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from .config import ArinarConfig
+from .onnx_edit import remove_unused, split_products
 
 Array = npt.NDArray[Any]
 
@@ -197,8 +198,9 @@ class Graph:
     def quantized(self, plans: Mapping[str, LayerPlan]) -> ModelProto:
         """A copy of the model in which the layers named in ``plans`` are quantised.
 
-        New weights are inside the model, the others still refer to the files they came from. Raises ValueError for a
-        layer that the graph does not have.
+        New weights are inside the model, the others still refer to the files they came from. Where ranges are taken as
+        the graph runs, a layer that is split afterwards becomes a product for each part. Raises ValueError for a layer
+        that the graph does not have.
         """
         for name in plans:
             if name not in self.layers:
@@ -206,8 +208,13 @@ class Graph:
         by_node = {self.layers[name].node: (self.layers[name], plan) for name, plan in plans.items()}
         model = ModelProto()
         model.CopyFrom(self.model)
+        if any(plan.scheme == "int8" for plan in plans.values()):
+            for name, products in split_products(model).items():
+                if name in by_node:
+                    layer, plan = by_node.pop(name)
+                    by_node |= {part.node: (part, plan) for part in _layer_parts(layer, products)}
         build = _Rewriter()
-        for node in self.model.graph.node:
+        for node in model.graph.node:
             if node.name in by_node:
                 build.layer(*by_node[node.name])
             else:
@@ -220,19 +227,14 @@ class Graph:
         return model
 
 
-def remove_unused(model: ModelProto) -> None:
-    """Drop nodes whose results nobody reads, then initializers."""
-    needed = {value.name for value in model.graph.output}
-    kept: list[NodeProto] = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    kept.reverse()
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in needed]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(kept)
-    model.graph.initializer.extend(initializers)
+def _layer_parts(layer: Layer, products: Sequence[str]) -> list[Layer]:
+    """A layer as `split_products` divides it."""
+    columns = np.split(layer.weight, len(products), 1)
+    biases = [None if layer.bias is None else f"{layer.bias}/{index}" for index in range(len(products))]
+    return [
+        replace(layer, node=name, output=name, weight=weight, bias=bias)
+        for name, weight, bias in zip(products, columns, biases, strict=True)
+    ]
 
 
 class _Rewriter:
@@ -240,6 +242,7 @@ class _Rewriter:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self._rounded: dict[str, tuple[str, str, str]] = {}  # input -> its integers, step and zero point
+        self._smoothed: dict[tuple[str, bytes], str] = {}  # input and divisors -> quotient
 
     def constant(self, value: Array, name: str) -> str:
         if name not in self.initializers:
@@ -255,7 +258,7 @@ class _Rewriter:
         x, weight = layer.input, layer.weight
         if plan.smooth is not None:
             smooth = np.asarray(plan.smooth, np.float32)
-            x = self.node("Mul", [x, self.constant(1 / smooth, f"{prefix}smooth")], f"{prefix}smoothed")
+            x = self._divided(prefix, x, smooth)
             weight = weight * smooth[:, None]
         values, scale = quantize_weight(weight, plan.scheme)
         kept = self.constant(values, f"{prefix}weight")
@@ -267,6 +270,13 @@ class _Rewriter:
             self._static(prefix, x, kept, scales, values.dtype, plan, target)
         if layer.bias is not None:
             self.node("Add", [target, layer.bias], layer.output)
+
+    def _divided(self, prefix: str, x: str, smooth: Array) -> str:
+        key = x, smooth.tobytes()
+        if key not in self._smoothed:
+            constant = self.constant(1 / smooth, f"{prefix}smooth")
+            self._smoothed[key] = self.node("Mul", [x, constant], f"{prefix}smoothed")
+        return self._smoothed[key]
 
     def _dynamic(self, prefix: str, x: str, weight: str, scales: str, output: str) -> None:
         """The pattern that ONNX Runtime fuses into one kernel. Layers that read the same input share its rounding."""

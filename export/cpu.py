@@ -1,4 +1,5 @@
-"""The form of a graph that ONNX Runtime's CPU kernels run fastest: attention as one operator (ONNX opset 23).
+"""The form of a graph that ONNX Runtime's CPU kernels run fastest: attention as one operator (ONNX opset 23), its
+queries, keys and values as products of their own.
 
 The plain form, of opset 20, is what TensorRT builds; both compute the same, from the same weights. Attention without a
 mask in float32 is the very pattern that TensorRT refuses as one operator, hence two forms of one graph.
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from arinar.quantization import remove_unused
+from arinar.onnx_edit import remove_unused, split_products
 
 from .onnx import write_model
 
@@ -107,6 +108,7 @@ def cpu_form(model: ModelProto) -> ModelProto | None:
     copy.CopyFrom(model)
     if not AttentionFusion(copy).run():
         return None
+    split_products(copy)
     for item in copy.opset_import:
         if item.domain == "":
             item.version = max(item.version, ATTENTION_OPSET)

@@ -145,6 +145,22 @@ def test_dynamic_variant_is_small_and_close(bundle: Path) -> None:
     assert opened.manifest.provenance["quantization"]["int8"] == {"layers": 32, "scheme": "int8"}
 
 
+def test_a_layer_that_is_split_becomes_products_that_share_one_rounding(graphs: dict[str, Graph]) -> None:
+    graph = graphs["outer_step"]
+    layer = graph.layers["outer_step/encoder_blocks.0.attn.qkv"]
+    smooth = np.linspace(0.5, 2, len(layer.weight)).astype(np.float32)
+    for factor in (None, smooth):
+        model = graph.quantized({layer.name: LayerPlan("int8", None, factor)})
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds.count("DynamicQuantizeLinear") == 1 and kinds.count("MatMulInteger") == 3
+        tensors = {t.name: t for t in model.graph.initializer}
+        products = [node.input[1] for node in model.graph.node if node.op_type == "MatMulInteger"]
+        values, scale = quantize_weight(layer.weight if factor is None else layer.weight * smooth[:, None], "int8")
+        for stored, whole in ((products, values), ([f"{name}.scale" for name in products], scale)):
+            parts = [onnx.numpy_helper.to_array(tensors[name]) for name in stored]
+            np.testing.assert_array_equal(np.concatenate(parts, -1), whole)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
 def test_fused_and_stepwise_inner_loops_agree(bundle: Path, precision: str) -> None:
     fused, stepwise = (Pipeline.load(bundle, precision=precision, inner=inner, threads=1) for inner in ("fused", "stepwise"))

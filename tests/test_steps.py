@@ -8,6 +8,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
+from onnx.numpy_helper import from_array, to_array
+from onnx.reference import ReferenceEvaluator
 from test_model import CAUSAL, MASKED, random_model, random_tokens
 
 from arinar.config import ArinarConfig
@@ -16,6 +19,7 @@ from arinar.export.cpu import cpu_form, write_cpu_form
 from arinar.export.onnx import WeightStore, export_graph, validate_graph
 from arinar.export.steps import CausalPrefill, CausalStep, InnerCondition, InnerStep, MaskedStep, cache_slots
 from arinar.model import Arinar, initialize
+from arinar.onnx_edit import split_products
 from arinar.runtime import Pipeline
 from arinar.runtime.loop import KEPT_LABELS, divided
 from arinar.runtime.onnxruntime_backend import LAUNCH_POSITIONS, OnnxRuntimeCpu
@@ -116,9 +120,58 @@ def test_the_cpu_form_has_one_operator_per_attention_and_the_same_weights(graph:
     kinds = [node.op_type for node in form.graph.node]
     assert kinds.count("Attention") == blocks and "Softmax" not in kinds
     assert [node.op_type for node in plain.graph.node].count("Softmax") == blocks
-    stored = {t.name: t.SerializeToString() for t in plain.graph.initializer}
-    assert all(stored[t.name] == t.SerializeToString() for t in form.graph.initializer)
+    # Only the first decoder block, whose queries, keys and values come from two sources, and the last still split.
+    assert len([node for node in form.graph.node if node.op_type == "Gemm" and "/" in node.name]) == 3 * (blocks - 2)
+    stored = {t.name: t for t in plain.graph.initializer}
+    for tensor in form.graph.initializer:
+        whole, _, index = tensor.name.rpartition("/")
+        if tensor.name in stored:
+            assert tensor.SerializeToString() == stored[tensor.name].SerializeToString()
+        elif whole.endswith("attn.qkv.weight"):
+            assert tensor.external_data[0].value == stored[whole].external_data[0].value
+            rows = np.split(to_array(stored[whole], str(graph.parent)), 3)[int(index)]
+            np.testing.assert_array_equal(to_array(tensor, str(graph.parent)), rows)
+        else:
+            assert np.prod(tensor.dims) <= MASKED.encoder_width  # part of a bias, or a number of columns
     assert validate_graph(path, spec()) < 1e-5  # at every shape that the plain form is checked at, nothing visible included
+
+
+def test_a_product_is_replaced_by_its_parts_only_where_nothing_else_needs_it() -> None:
+    def model(*, sizes: list[int] | None = None, also_read: bool = False) -> onnx.ModelProto:
+        rng = np.random.default_rng(0)
+        weight, bias = rng.standard_normal((12, 8), np.float32), rng.standard_normal(12, np.float32)
+        constants = {"w": weight, "b": bias, "columns": np.array([12])} | ({"sizes": np.array(sizes)} if sizes else {})
+        outputs = ["first", "second", "third"]
+        split = {} if sizes else {"num_outputs": 3}
+        nodes = [
+            helper.make_node("Concat", ["rows", "positions", "columns"], ["shape"], "shape", axis=0),
+            helper.make_node("Gemm", ["x", "w", "b"], ["product"], "product", transB=1),
+            helper.make_node("Reshape", ["product", "shape"], ["shaped"], "shaped"),
+            helper.make_node("Split", ["shaped", *(["sizes"] if sizes else [])], outputs, "split", axis=2, **split),
+        ]
+        inputs = [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8]),
+            *(helper.make_tensor_value_info(name, TensorProto.INT64, [1]) for name in ("rows", "positions")),
+        ]
+        made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["A", "S", 4]) for name in outputs]
+        if also_read:
+            made.append(helper.make_tensor_value_info("product", TensorProto.FLOAT, ["N", 12]))
+        graph = helper.make_graph(nodes, "g", inputs, made, [from_array(value, name) for name, value in constants.items()])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+    x = np.random.default_rng(1).standard_normal((6, 8), np.float32)
+    feed = {"x": x, "rows": np.array([2]), "positions": np.array([3])}
+    parts = model()
+    assert split_products(parts) == {"product": ["product/0", "product/1", "product/2"]}
+    onnx.checker.check_model(parts, full_check=True)
+    assert [node.op_type for node in parts.graph.node].count("Gemm") == 3
+    want, got = (ReferenceEvaluator(m).run(None, feed) for m in (model(), parts))
+    for a, b in zip(want, got, strict=True):
+        assert a.shape == (2, 3, 4)
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    for stays in (model(sizes=[4, 6, 2]), model(also_read=True)):
+        before = stays.SerializeToString()
+        assert not split_products(stays) and stays.SerializeToString() == before
 
 
 def test_what_is_not_attention_stays_as_it_is(graph: Path) -> None:

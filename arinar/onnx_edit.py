@@ -1,0 +1,137 @@
+"""Edits of ONNX graphs that calibration and export share. NumPy and onnx."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+
+def remove_unused(model: ModelProto) -> None:
+    """Drop nodes whose results nobody reads, then initializers."""
+    needed = {value.name for value in model.graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    kept.reverse()
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.extend(initializers)
+
+
+def split_products(model: ModelProto) -> dict[str, list[str]]:
+    """One product for each part of a product that is only made to be split: queries, keys and values of one layer.
+
+    Gemm(x, w, b) - Reshape - Split into n equal parts of the columns becomes n times Gemm(x, rows of w, part of b) -
+    Reshape, and nothing is copied afterwards. The parts of ``w`` (transB) stay where they are stored.
+
+    Returns the name of each Gemm replaced -> names of those in its place, in the order of the parts.
+    """
+    graph = model.graph
+    edit = _Split(model)
+    replaced: dict[str, list[str]] = {}
+    instead: dict[str, list[NodeProto]] = {}  # name of a node -> nodes in its place
+    for node in graph.node:
+        if (match := edit.match(node)) is None:
+            continue
+        products, shaped = edit.parts(match)
+        instead |= {node.name: products, match.reshape.name: shaped, match.split.name: []}
+        replaced[node.name] = [product.name for product in products]
+    nodes = [new for node in graph.node for new in instead.get(node.name, [node])]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    remove_unused(model)
+    return replaced
+
+
+@dataclass(frozen=True)
+class _Match:
+    gemm: NodeProto
+    reshape: NodeProto
+    sizes: NodeProto  # the Concat of the numbers in the reshape's shape (one each), the number of columns last
+    split: NodeProto
+
+
+class _Split:
+    def __init__(self, model: ModelProto) -> None:
+        self.graph = model.graph
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.makers = {name: node for node in self.graph.node for name in node.output}
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.outputs = {value.name for value in self.graph.output}
+
+    def match(self, gemm: NodeProto) -> _Match | None:
+        if gemm.op_type != "Gemm" or not all(name in self.constants for name in gemm.input[1:]):
+            return None
+        reshape = self.reader(gemm, "Reshape")
+        split = self.reader(reshape, "Split") if reshape else None
+        sizes = self.makers.get(reshape.input[1]) if reshape else None
+        if not (reshape and split and sizes) or sizes.op_type != "Concat" or len(split.input) > 1:
+            return None  # (a second input of Split would give parts of different sizes)
+        attributes = {a.name: a.i for node in (gemm, split) for a in node.attribute}
+        columns, last = self.constants.get(sizes.input[-1]), len(sizes.input) - 1
+        if not attributes.get("transB") or attributes.get("axis", 0) not in (-1, last) or columns is None:
+            return None
+        whole = numpy_helper.to_array(columns).tolist()
+        if any(self.constants[name].dims[0] != whole[0] or whole[0] % len(split.output) for name in gemm.input[1:]):
+            return None
+        return _Match(gemm, reshape, sizes, split)
+
+    def reader(self, node: NodeProto, op: str) -> NodeProto | None:
+        """The only reader of a node's output, if it is of this kind."""
+        name = node.output[0]
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and readers[0].op_type == op and name not in self.outputs else None
+
+    def parts(self, match: _Match) -> tuple[list[NodeProto], list[NodeProto]]:
+        """The products, and the nodes that give each its shape."""
+        gemm, count = match.gemm, len(match.split.output)
+        tensors = [self.rows(self.constants[name], count) for name in gemm.input[1:]]
+        width = self.constant(np.array([tensors[0][0].dims[0]], np.int64), f"{match.sizes.input[-1]}/{count}")
+        shape = f"{match.reshape.name}/shape"
+        shaped = [helper.make_node("Concat", [*match.sizes.input[:-1], width], [shape], name=shape, axis=0)]
+        products = []
+        for index, output in enumerate(match.split.output):
+            name = f"{gemm.name}/{index}"
+            inputs = [gemm.input[0], *(parts[index].name for parts in tensors)]
+            product = helper.make_node("Gemm", inputs, [name], name=name)
+            product.attribute.extend(gemm.attribute)
+            products.append(product)
+            shaped.append(helper.make_node("Reshape", [name, shape], [output], name=output))
+        return products, shaped
+
+    def rows(self, tensor: TensorProto, count: int) -> list[TensorProto]:
+        """Equal parts of an initializer along its first axis, in the same file where it is in one."""
+        parts = []
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        value = None if external else numpy_helper.to_array(tensor)
+        for index in range(count):
+            name = f"{tensor.name}/{index}"
+            if value is not None:
+                part = numpy_helper.from_array(np.split(value, count)[index], name)
+            else:
+                part = TensorProto()
+                part.CopyFrom(tensor)
+                part.name, part.dims[0] = name, tensor.dims[0] // count
+                length = int(external["length"]) // count
+                place = external | {"offset": str(int(external.get("offset", 0)) + index * length), "length": str(length)}
+                del part.external_data[:]
+                for key, entry in place.items():
+                    part.external_data.add(key=key, value=entry)
+            parts.append(self.constants.setdefault(name, part))
+            if self.constants[name] is part:
+                self.graph.initializer.append(part)
+        return parts
+
+    def constant(self, value: np.ndarray, name: str) -> str:
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(value, name)
+            self.graph.initializer.append(self.constants[name])
+        return name
