@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 
@@ -79,7 +81,7 @@ class _Split:
         columns, last = self.constants.get(sizes.input[-1]), len(sizes.input) - 1
         if not attributes.get("transB") or attributes.get("axis", 0) not in (-1, last) or columns is None:
             return None
-        whole = numpy_helper.to_array(columns).tolist()
+        whole = self.value(columns.name).tolist()
         if any(self.constants[name].dims[0] != whole[0] or whole[0] % len(split.output) for name in gemm.input[1:]):
             return None
         return _Match(gemm, reshape, sizes, split)
@@ -93,45 +95,45 @@ class _Split:
     def parts(self, match: _Match) -> tuple[list[NodeProto], list[NodeProto]]:
         """The products, and the nodes that give each its shape."""
         gemm, count = match.gemm, len(match.split.output)
-        tensors = [self.rows(self.constants[name], count) for name in gemm.input[1:]]
-        width = self.constant(np.array([tensors[0][0].dims[0]], np.int64), f"{match.sizes.input[-1]}/{count}")
+        constants = [self.rows(self.constants[name], count) for name in gemm.input[1:]]
+        columns = match.sizes.input[-1]
+        self.add(numpy_helper.from_array(self.value(columns) // count, f"{columns}/{count}"))
         shape = f"{match.reshape.name}/shape"
-        shaped = [helper.make_node("Concat", [*match.sizes.input[:-1], width], [shape], name=shape, axis=0)]
+        sizes = [*match.sizes.input[:-1], f"{columns}/{count}"]
+        shaped = [helper.make_node("Concat", sizes, [shape], name=shape, axis=0)]
         products = []
         for index, output in enumerate(match.split.output):
             name = f"{gemm.name}/{index}"
-            inputs = [gemm.input[0], *(parts[index].name for parts in tensors)]
-            product = helper.make_node("Gemm", inputs, [name], name=name)
+            product = helper.make_node("Gemm", [gemm.input[0], *(rows[index] for rows in constants)], [name], name=name)
             product.attribute.extend(gemm.attribute)
             products.append(product)
             shaped.append(helper.make_node("Reshape", [name, shape], [output], name=output))
         return products, shaped
 
-    def rows(self, tensor: TensorProto, count: int) -> list[TensorProto]:
-        """Equal parts of an initializer along its first axis, in the same file where it is in one."""
-        parts = []
-        external = {entry.key: entry.value for entry in tensor.external_data}
-        value = None if external else numpy_helper.to_array(tensor)
-        for index in range(count):
-            name = f"{tensor.name}/{index}"
-            if value is not None:
-                part = numpy_helper.from_array(np.split(value, count)[index], name)
-            else:
-                part = TensorProto()
-                part.CopyFrom(tensor)
-                part.name, part.dims[0] = name, tensor.dims[0] // count
-                length = int(external["length"]) // count
-                place = external | {"offset": str(int(external.get("offset", 0)) + index * length), "length": str(length)}
-                del part.external_data[:]
-                for key, entry in place.items():
-                    part.external_data.add(key=key, value=entry)
-            parts.append(self.constants.setdefault(name, part))
-            if self.constants[name] is part:
-                self.graph.initializer.append(part)
-        return parts
+    def rows(self, tensor: TensorProto, count: int) -> list[str]:
+        """Names of equal parts of an initializer along its first axis, in the same file where it is in one."""
+        names = [f"{tensor.name}/{index}" for index in range(count)]
+        if not tensor.external_data:
+            for name, rows in zip(names, np.split(self.value(tensor.name), count), strict=True):
+                self.add(numpy_helper.from_array(rows, name))
+            return names
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        length = int(place["length"]) // count
+        for index, name in enumerate(names):
+            part = TensorProto()
+            part.CopyFrom(tensor)
+            part.name, part.dims[0] = name, tensor.dims[0] // count
+            del part.external_data[:]
+            offset = int(place.get("offset", 0)) + index * length
+            for key, entry in (place | {"offset": str(offset), "length": str(length)}).items():
+                part.external_data.add(key=key, value=entry)
+            self.add(part)
+        return names
 
-    def constant(self, value: np.ndarray, name: str) -> str:
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(value, name)
-            self.graph.initializer.append(self.constants[name])
-        return name
+    def value(self, name: str) -> npt.NDArray[Any]:
+        return np.asarray(numpy_helper.to_array(self.constants[name]))
+
+    def add(self, tensor: TensorProto) -> None:
+        if tensor.name not in self.constants:
+            self.constants[tensor.name] = tensor
+            self.graph.initializer.append(tensor)
