@@ -130,6 +130,7 @@ RUNTIME = _options(
     click.option("--backend", help="Execution backend: onnxruntime-cpu, onnxruntime-cuda, tensorrt. [default: the best available]"),
     click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]"),
+    click.option("--low-memory", is_flag=True, help="On the CPU, hold the transformers or the VAE in memory, not both; every batch loads them again."),
     click.option("--no-cuda-graphs", is_flag=True, expose_value=False, callback=_no_cuda_graphs, help="Launch every step anew on a GPU, instead of replaying a recording; slower, less memory."),
 )
 CHECKPOINT = _options(
@@ -158,11 +159,15 @@ def _inspected(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int 
     return _provenance(checkpoint, vae, info)
 
 
-def _open_pipeline(bundle: Path, backend: str | None, precision: str | None, threads: int | None) -> Pipeline:
+def _open_pipeline(
+    bundle: Path, backend: str | None, precision: str | None, threads: int | None, low_memory: bool
+) -> Pipeline:
     """Load a bundle with the options that RUNTIME gives."""
     from arinar.runtime import Pipeline
 
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    if low_memory:
+        options["low_memory"] = True
     return Pipeline.load(bundle, backend=backend, precision=precision, **options)
 
 
@@ -497,7 +502,8 @@ def calibrate(
 @RUNTIME
 def generate(
     bundle: Path, labels: list[int], per_label: int, out: Path, grid: bool, batch_size: int | None, overwrite: bool,
-    as_json: bool, backend: str | None, precision: str | None, threads: int | None, seed: int, **sampling: Any,
+    as_json: bool, backend: str | None, precision: str | None, threads: int | None, low_memory: bool, seed: int,
+    **sampling: Any,
 ) -> None:  # fmt: skip
     """Generate images from a bundle: numbered PNG files that hold their label and seed as metadata.
 
@@ -512,7 +518,7 @@ def generate(
     from arinar.runtime.images import contact_sheet, save_png
     from arinar.runtime.worklist import Worklist
 
-    pipeline = _open_pipeline(bundle, backend, precision, threads)
+    pipeline = _open_pipeline(bundle, backend, precision, threads, low_memory)
     wanted = [label for label in labels for _ in range(per_label)]
     work = Worklist(pipeline, wanted, out, seed=seed, batch_size=batch_size, overwrite=overwrite, **sampling)
     kept = len(wanted) - len(work.missing)
@@ -554,8 +560,8 @@ def generate(
 def parity(
     bundle: Path, checkpoint: str, vae: str | None, labels: list[int], distribution: int, features: str,
     fid_stats: Path | None, limits: tuple[str, ...], report_file: Path | None, as_json: bool, backend: str | None,
-    precision: str | None, threads: int | None, no_ema: bool, inner_heads: int | None, cfg_schedule: str | None,
-    guidance_scale: float | None, temperature: float | None, num_iter: int | None, seed: int,
+    precision: str | None, threads: int | None, low_memory: bool, no_ema: bool, inner_heads: int | None,
+    cfg_schedule: str | None, guidance_scale: float | None, temperature: float | None, num_iter: int | None, seed: int,
 ) -> None:  # fmt: skip
     """Is the deployed bundle still the trained model? Exits with 1 when a check fails.
 
@@ -575,7 +581,7 @@ def parity(
     for option, given in (("--fid-stats", fid_stats is not None), ("--features", features != "builtin")):
         if given and not distribution:
             raise click.UsageError(f"{option} is for comparing distributions: add --distribution N, the number of images")
-    pipeline = _open_pipeline(bundle, backend, precision, threads)
+    pipeline = _open_pipeline(bundle, backend, precision, threads, low_memory)
     if pipeline.config.outer == "causal" and num_iter not in (None, pipeline.config.seq_len):
         raise ValueError(f"num_iter is {num_iter}; a causal model generates one token a step: leave --num-iter out")
     thresholds = parse_thresholds(limits, pipeline.precision)
@@ -689,7 +695,7 @@ def build(
 def bench(
     bundle: Path, batches: list[int], num_iters: list[int] | None, guidance_scale: float | None, repeats: int,
     out: Path | None, html_file: Path | None, against: Path | None, as_json: bool, backend: str | None,
-    precision: str | None, threads: int | None,
+    precision: str | None, threads: int | None, low_memory: bool,
 ) -> None:  # fmt: skip
     """How fast is a bundle on this machine? Time by phase, memory, cold start, and the time it takes at least.
 
@@ -707,7 +713,7 @@ def bench(
     for path in (out, html_file):
         if path is not None:
             check_writable(path)
-    pipeline = _open_pipeline(bundle, backend, precision, threads)
+    pipeline = _open_pipeline(bundle, backend, precision, threads, low_memory)
     report = benchmark.bench(
         pipeline, batches=batches, num_iters=num_iters, guidance_scale=guidance_scale, repeats=repeats,
         progress=_quiet if as_json else _say,

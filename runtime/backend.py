@@ -140,7 +140,7 @@ BACKENDS: dict[str, Callable[[Bundle, str, Mapping[str, Any]], Backend]] = {
 }
 #: Backend name -> the options that `Pipeline.load` passes on to it.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "onnxruntime-cpu": ("threads",),
+    "onnxruntime-cpu": ("threads", "low_memory"),
     "onnxruntime-cuda": ("cuda_graphs", "tf32", "wait", "device", "log_severity", "cuda"),
     "tensorrt": ("module", "cuda_graphs", "device", "cuda"),
 }

@@ -24,7 +24,7 @@ from .pipeline import Pipeline, check_num_iter, check_number
 #: What each phase is; they add up to the total.
 PHASES = {
     "outer": "outer network", "inner": "inner network with sampling", "vae": "VAE decoder",
-    "device": "all graphs, on the device", "python": "Python: loop, noise, PIL images",
+    "device": "all graphs, on the device", "python": "Python: loop, noise, PIL images, loading graphs",
 }  # fmt: skip
 COLD_PHASES = {"import_s": "import", "open_s": "open and verify", "sessions_s": "load the graphs"}
 CPU_BACKEND = "onnxruntime-cpu"
@@ -63,7 +63,9 @@ def bench(
         check_number("batch", batch, 1)
     settings = list(dict.fromkeys((batch, num_iter) for batch in batches for num_iter in iters))
     say("cold start in a fresh process")
-    cold = cold_start(pipeline.bundle.folder, pipeline.precision, pipeline.backend.name)
+    low_memory: bool = getattr(pipeline.backend, "low_memory", False)  # an option of the CPU's backend alone
+    options = {"low_memory": True} if low_memory else {}
+    cold = cold_start(pipeline.bundle.folder, pipeline.precision, pipeline.backend.name, **options)
     runs: dict[tuple[int, int], list[dict[str, float]]] = {setting: [] for setting in settings}
     for repeat in range(-1, repeats):  # the first round warms up
         for batch, num_iter in settings:
@@ -88,8 +90,8 @@ def bench(
         results.append(result)
     return {
         "bundle": pipeline.bundle.folder.name, "backend": pipeline.backend.name, "precision": pipeline.precision,
-        "guidance_scale": scale, "threads": threads, "repeats": repeats, "machine": machine(), **peaks,
-        "cold_start": cold, "peak_memory_gb": memory, "results": results,
+        "guidance_scale": scale, "threads": threads, "low_memory": low_memory, "repeats": repeats, "machine": machine(),
+        **peaks, "cold_start": cold, "peak_memory_gb": memory, "results": results,
     }  # fmt: skip
 
 
@@ -145,7 +147,7 @@ import json, sys, time
 start = time.perf_counter()
 from arinar.runtime import Pipeline
 imported = time.perf_counter()
-pipe = Pipeline.load(sys.argv[1], precision=sys.argv[2], backend=sys.argv[3])
+pipe = Pipeline.load(sys.argv[1], precision=sys.argv[2], backend=sys.argv[3], **json.loads(sys.argv[4]))
 opened = time.perf_counter()
 pipe.loop.prepare(True)
 ready = time.perf_counter()
@@ -153,9 +155,10 @@ print(json.dumps({"import_s": imported - start, "open_s": opened - imported, "se
 """
 
 
-def cold_start(bundle: Path, precision: str, backend: str) -> dict[str, float]:
+def cold_start(bundle: Path, precision: str, backend: str, **options: Any) -> dict[str, float]:
     """Seconds to import the runtime, to open and verify the bundle, and to load its graphs, in a fresh process."""
-    return {name: float(value) for name, value in fresh_process(COLD_START, str(bundle), precision, backend).items()}
+    found = fresh_process(COLD_START, str(bundle), precision, backend, json.dumps(options))
+    return {name: float(value) for name, value in found.items()}
 
 
 def fresh_process(code: str, *arguments: str) -> dict[str, Any]:
@@ -179,7 +182,7 @@ def fresh_environment() -> dict[str, str]:
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
     where = report["machine"]
-    lines = [f"{report['bundle']} ({report['precision']}) on {report['backend']}, {where['cpu']}, {where['cores']} cores"]
+    lines = [f"{report['bundle']} ({report['precision']}) on {backend_text(report)}, {where['cpu']}, {where['cores']} cores"]
     if limits := limits_text(report):
         lines.append(limits)
     names = [name for name in PHASES if any(name in row["phases"] for row in report["results"])]
@@ -206,6 +209,11 @@ def table(report: dict[str, Any]) -> str:
             for row in against["results"]
         ]
     return "\n".join(lines)
+
+
+def backend_text(report: dict[str, Any]) -> str:
+    """A report's backend, and whether it had to save memory."""
+    return str(report["backend"]) + (", low memory" if report.get("low_memory") else "")
 
 
 def limits_text(report: dict[str, Any]) -> str:
@@ -267,6 +275,6 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 __all__ = [
-    "bench", "cold_start", "compare", "compared_with", "fresh_environment", "fresh_process", "gemm_peak", "machine",
-    "peak_memory", "read_report", "table",
+    "backend_text", "bench", "cold_start", "compare", "compared_with", "fresh_environment", "fresh_process", "gemm_peak",
+    "machine", "peak_memory", "read_report", "table",
 ]  # fmt: skip

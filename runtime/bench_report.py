@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .bench import COLD_PHASES, PHASES, compared_with, limits_text
+from .bench import COLD_PHASES, PHASES, backend_text, compared_with, limits_text
 
 COLORS = {
     "outer": "#1f6feb", "inner": "#d9480f", "vae": "#2b8a3e", "device": "#1f6feb", "python": "#8c959f",
@@ -42,7 +42,7 @@ figcaption svg { width: 8px; min-width: 8px; height: 16px; display: inline; vert
 
 def render(report: dict[str, Any]) -> str:
     """What `arinar.runtime.bench.bench` measured, with its ``against`` where there is one -> the page."""
-    name = f"Speed: {report['bundle']}, {report['precision']} on {report['backend']}"
+    name = f"Speed: {report['bundle']}, {report['precision']} on {backend_text(report)}"
     where, memory = report["machine"], report["peak_memory_gb"]
     versions = ", ".join(f"{key} {value}" for key, value in where["versions"].items())
     limits, results = limits_text(report), report["results"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +27,8 @@ SMALL_OPERATIONS = ("inner_token", "inner_token_guided", "mixture_sample", "mixt
 # Graphs with activations of many megabytes. Freed and taken again, as for other graphs, that memory would come as new
 # pages each time, or lie about in pieces: twice what a launch needs.
 LARGE_ACTIVATIONS = ("outer_step", "vae_decoder")
+# What runs once the tokens of a micro-batch are made; nothing else runs then.
+DECODING = ("tokens_to_latents", "vae_decoder")
 
 
 class OnnxRuntimeCpu:
@@ -38,12 +42,14 @@ class OnnxRuntimeCpu:
     Parameters
     ----------
     threads : cores to use; None means the physical ones that this process may use.
+    low_memory : hold the graphs of one phase at a time, those that make tokens or those that decode them. Every
+        micro-batch loads both again.
     """
 
     name = "onnxruntime-cpu"
     synchronous = True
 
-    def __init__(self, bundle: Bundle, precision: str, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, precision: str, *, threads: int | None = None, low_memory: bool = False) -> None:
         if onnxruntime_distribution() is None:
             raise BundleError("ONNX Runtime is not installed; `pip install arinar[cpu]` (or arinar[gpu]) installs it")
         import onnxruntime
@@ -58,18 +64,22 @@ class OnnxRuntimeCpu:
         self._dynamic = precision in DYNAMIC_PRECISIONS and config.outer == "masked"
         self._large = [name for name in LARGE_ACTIVATIONS if name != "outer_step" or config.outer == "masked"]
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
-        self.threads = threads or usable_cores()
+        self.threads, self.low_memory = threads or usable_cores(), low_memory
         self._sessions: dict[tuple[str, int], Any] = {}
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="arinar") if self.threads > 1 else None
 
     def prepare(self, *graphs: str, rows: int | None = None) -> None:
         for name in graphs:
+            if self.low_memory and name in DECODING:
+                continue
             self._session(name, self._threads_of(name, 1 if rows is None else self.parts(name, rows)))
 
     def _session(self, name: str, threads: int) -> Any:
         if (name, threads) not in self._sessions:
             if name not in self._graphs:
                 raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(self._graphs)}")
+            if self.low_memory:
+                self._release_other_phase(name)
             options = self._ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = threads
@@ -81,6 +91,13 @@ class OnnxRuntimeCpu:
             options.add_session_config_entry("session.force_spinning_stop", "1")
             self._sessions[name, threads] = self._load(name, options)
         return self._sessions[name, threads]
+
+    def _release_other_phase(self, name: str) -> None:
+        other = [key for key in self._sessions if (key[0] in DECODING) != (name in DECODING)]
+        for key in other:
+            del self._sessions[key]
+        if other:
+            return_freed_memory()
 
     def _load(self, name: str, options: Any) -> Any:
         info = self._graphs[name]
@@ -150,3 +167,9 @@ class OnnxRuntimeCpu:
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise FloatingPointError(f"graph {graph!r} made non-finite values in its output {name!r}")
             target[...] = value
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system, where the C library has a call for it (glibc's keeps it otherwise)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

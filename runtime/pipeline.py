@@ -80,7 +80,8 @@ class Pipeline:
         precision : which of the bundle's variants; None means fp32, or the only one.
         inner : "fused" (one graph for all features of a token) or "stepwise" (a graph per feature, KV cache outside).
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
-        options : of the backend, e.g. ``threads`` on the CPU, ``cuda_graphs`` on a GPU (see the backends' classes).
+        options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU (see the backends'
+            classes).
 
         Raises BundleError (a ValueError) where the bundle is damaged or cannot run here; the message tells the remedy.
         """

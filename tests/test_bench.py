@@ -245,7 +245,7 @@ def test_the_page_is_whole_and_needs_no_network(
     assert table(changed)
 
 
-def test_bench_command_writes_what_it_prints(digits_bundle: Path, tmp_path: Path) -> None:
+def test_bench_command_writes_what_it_prints(report: dict[str, Any], digits_bundle: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     options = [str(digits_bundle), "--batch", "1", "--num-iter", "2", "--repeats", "1"]
     done = CliRunner().invoke(main, ["bench", *options, "-o", str(out), "--html", str(page)])
@@ -255,6 +255,10 @@ def test_bench_command_writes_what_it_prints(digits_bundle: Path, tmp_path: Path
     done = CliRunner().invoke(main, ["bench", *options, "--against", str(out), "--json"])
     found = json.loads(done.stdout)["against"]
     assert done.exit_code == 0 and len(found["results"]) == 1 and found["bundle"] == digits_bundle.name
+    done = CliRunner().invoke(main, ["bench", *options, "--low-memory", "-o", str(out)])
+    saving = read_report(out)
+    assert done.exit_code == 0 and "onnxruntime-cpu, low memory" in done.stdout and "cpu, low memory" in render(saving)
+    assert saving["low_memory"] and not report["low_memory"]
 
 
 BAD = {

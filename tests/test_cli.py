@@ -73,6 +73,14 @@ def test_generate_resumes_and_refuses_files_made_otherwise(digits_bundle: Path, 
     assert (tmp_path / "000000.png").read_bytes() != first["000000.png"]
 
 
+def test_generate_with_low_memory_makes_the_same_files(digits_bundle: Path, tmp_path: Path) -> None:
+    plain, saving = tmp_path / "plain", tmp_path / "saving"
+    words = ("generate", digits_bundle, "--labels", "3,5", "--batch-size", 1, "-o")
+    for done in (arinar(*words, plain), arinar(*words, saving, "--low-memory")):
+        assert done.exit_code == 0, done.output
+    assert [p.read_bytes() for p in sorted(plain.iterdir())] == [p.read_bytes() for p in sorted(saving.iterdir())]
+
+
 def test_bad_input_is_one_line_and_exit_code_2(digits_bundle: Path, tmp_path: Path) -> None:
     generate = ("generate", digits_bundle, "-o", tmp_path / "x")
     fails(arinar(*generate, "--labels", "10"), 2, "label 10 is out of range", "0..9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,26 @@ def test_rows_apart_or_together_are_the_same_images(digits_bundle: Path, threads
     want = pixels(Pipeline.load(digits_bundle, threads=1).generate([1, 2, 3], num_iter=5, seed=4))
     got = pixels(Pipeline.load(digits_bundle, threads=threads).generate([1, 2, 3], num_iter=5, seed=4))
     assert np.abs(got - want).max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_memory_holds_one_phase_at_a_time(demo_bundle, kind: str) -> None:  # type: ignore[no-untyped-def]
+    plain, saving = (Pipeline.load(demo_bundle(kind), threads=2, low_memory=low) for low in (False, True))
+    held: list[set[str]] = []
+    run = saving.backend._run  # type: ignore[attr-defined]
+
+    def spy(graph: str, threads: int, job) -> None:  # type: ignore[no-untyped-def]
+        run(graph, threads, job)
+        held.append({name for name, _ in saving.backend._sessions})  # type: ignore[attr-defined]
+
+    saving.backend._run = spy  # type: ignore[attr-defined]
+    for _ in range(2):
+        want, got = (p.generate([1, 2, 3], batch_size=2, seed=4) for p in (plain, saving))
+        assert np.array_equal(pixels(want), pixels(got)) and np.array_equal(want.tokens, got.tokens)
+    making, decoding = {"outer_step", "outer_prefill", "inner_token_guided"}, {"tokens_to_latents", "vae_decoder"}
+    assert all(names <= making or names <= decoding for names in held)
+    phases = [names <= decoding for names in held]
+    assert sum(a != b for a, b in pairwise(phases)) == 7  # four micro-batches, each made and decoded
 
 
 def test_num_iter(digits_bundle: Path, causal_bundle: Path) -> None:
