@@ -485,7 +485,9 @@ VAE_SIDE = ("tokens_to_latents", "vae_decoder", "vae_encoder")
 
 
 def _scale(want: Array) -> float:
-    """What errors are relative to: the largest value, at least 1."""
+    """What errors are relative to: the largest value, at least 1; of grey levels, the largest that there is."""
+    if want.dtype == np.uint8:
+        return 255.0
     return max(1.0, float(np.abs(want.astype(np.float64)).max())) if want.size else 1.0
 
 

@@ -164,6 +164,26 @@ def test_values_that_are_not_finite_never_pass(
         run_parity(pipeline, other, vae, **QUICK)
 
 
+@pytest.mark.parametrize(("levels", "passed"), [(1, True), (2, False)])
+def test_one_grey_level_may_differ_in_dark_images_too(
+    pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, levels: int, passed: bool
+) -> None:
+    run_module, launch = parity_module.run_module, parity_module.launch
+
+    def dark(spec: Any, feed: Any) -> Any:
+        made = run_module(spec, feed)
+        return [np.full_like(made[0], 100)] if spec.name == "vae_decoder" else made
+
+    def brighter(pipeline: Pipeline, graph: Any, feed: Any, shapes: Any) -> Any:
+        made = launch(pipeline, graph, feed, shapes)
+        return [np.full_like(made[0], 100 + levels)] if graph.name == "vae_decoder" else made
+
+    monkeypatch.setattr(parity_module, "run_module", dark)
+    monkeypatch.setattr(parity_module, "launch", brighter)
+    report = run_parity(pipeline, model, vae, **QUICK)
+    assert check(report, "graph", "vae_decoder").passed is passed
+
+
 def test_a_graph_without_engine_is_left_out_only_where_generation_can_do_without(
     pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
