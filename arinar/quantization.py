@@ -299,7 +299,7 @@ class _Rewriter:
         values = self.node("QuantizeLinear", [x, step, zero], f"{prefix}quantized")
         real = self.node("DequantizeLinear", [values, step, zero], f"{prefix}dequantized")
         columns = self.initializers[scales].dims[0]
-        zeros = self.constant(np.zeros(columns, dtype), f"quantization/{plan.scheme}.zeros.{columns}")
+        zeros = self.constant(np.zeros(columns, dtype), f"{prefix}zeros")
         matrix = self.node("DequantizeLinear", [weight, scales, zeros], f"{prefix}matrix", axis=1)
         self.node("MatMul", [real, matrix], output)
 

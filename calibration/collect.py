@@ -27,6 +27,7 @@ from arinar.runtime.loop import Loop
 from arinar.runtime.noise import Noise
 from arinar.runtime.onnxruntime_backend import OnnxRuntimeCpu
 from arinar.runtime.pipeline import check_labels, check_num_iter, check_number
+from arinar.runtime.products import keep_products_exact
 from arinar.schedule import Step, steps
 
 from .ranges import TensorStatistics
@@ -213,6 +214,7 @@ def open_session(model: ModelProto, folder: Path, threads: int | None = None) ->
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    keep_products_exact(options)
     options.enable_cpu_mem_arena = False  # every step has other shapes: an arena would keep room for all of them
     if threads is not None:
         options.intra_op_num_threads = threads

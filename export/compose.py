@@ -20,7 +20,11 @@ from .onnx import ExportError
 
 
 class GraphComposer:
-    """Collects inlined copies of graphs; initializers of a part are added once, however often it is inlined."""
+    """Collects inlined copies of graphs; initializers of a part are added once, however often it is inlined.
+
+    But 8-bit weights once for each copy, all of them the same bytes of a file: where a processor's products are not exact
+    (`arinar.runtime.products`), ONNX Runtime replaces the weights of each node, and fails where nodes share them.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -46,13 +50,13 @@ class GraphComposer:
             raise ExportError(f"graph {graph.name!r} is composed without its inputs {missing}")
         names = dict(inputs) | {"": ""}
         for tensor in graph.initializer:
-            shared = f"{graph.name}.{tensor.name}"
-            names[tensor.name] = shared
-            if shared not in self.initializers:
+            name = f"{prefix if tensor.data_type == TensorProto.INT8 else ''}{graph.name}.{tensor.name}"
+            names[tensor.name] = name
+            if name not in self.initializers:
                 copy = TensorProto()
                 copy.CopyFrom(tensor)
-                copy.name = shared
-                self.initializers[shared] = copy
+                copy.name = name
+                self.initializers[name] = copy
         for node in graph.node:
             copied = NodeProto()
             copied.CopyFrom(node)

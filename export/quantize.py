@@ -23,6 +23,7 @@ from arinar.mixture_law import NUM_UNIFORMS
 from arinar.model import Arinar
 from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
+from arinar.runtime.products import keep_products_exact
 from arinar.vae import AutoencoderKL
 
 from .bundle import WEIGHTS_NAME, _merge, _replace_folder, _scratch, weights_sha256, write_manifest, written
@@ -262,6 +263,7 @@ def _run(path: Path, info: GraphInfo, feed: Mapping[str, Array]) -> list[Any]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    keep_products_exact(options)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return list(session.run([tensor.name for tensor in info.outputs], dict(feed)))
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .backend import Array, onnxruntime_distribution, usable_cores
 from .bundle import Bundle, BundleError, GraphInfo
+from .products import INTEGER_PRECISIONS, keep_products_exact
 
 Job = tuple[Mapping[str, Array], Mapping[str, Array]]
 
@@ -62,6 +63,7 @@ class OnnxRuntimeCpu:
         # (A causal step reads every weight for each row: its rows stay together.)
         config = bundle.manifest.config
         self._dynamic = precision in DYNAMIC_PRECISIONS and config.outer == "masked"
+        self._integers = precision in INTEGER_PRECISIONS
         self._large = [name for name in LARGE_ACTIVATIONS if name != "outer_step" or config.outer == "masked"]
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
         self.threads, self.low_memory = threads or usable_cores(), low_memory
@@ -83,6 +85,8 @@ class OnnxRuntimeCpu:
             options = self._ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = threads
+            if self._integers:
+                keep_products_exact(options)
             # An arena keeps what its session's largest launches needed at one time; freed memory serves all sessions.
             options.enable_cpu_mem_arena = name in self._large
             # (Memory planned ahead would be taken beside the arena's, for each input shape.)

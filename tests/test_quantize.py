@@ -21,7 +21,7 @@ from arinar.cli import main
 from arinar.export.onnx import ExportError
 from arinar.export.quantize import Calibration, default_plans, example_feed, quantize_bundle, variant_bytes
 from arinar.quantization import FP8_MAX, SCHEMES, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
-from arinar.runtime import Pipeline
+from arinar.runtime import Pipeline, products
 from arinar.runtime.bundle import PRECISIONS, Bundle, BundleError
 
 # Wide enough for every layer of the demo model.
@@ -112,6 +112,43 @@ def test_one_layer_at_a_time_is_nearly_the_same(bundle: Path, graphs: dict[str, 
         got = open_session(model, graph.folder, 1).run(None, feed)
         error = max(float(np.abs(a - b).max()) for a, b in zip(want, got, strict=True))
         assert 0 < error < 0.6, (name, error)
+
+
+def test_8_bit_products_are_exact_on_every_processor() -> None:
+    import onnxruntime
+
+    rng = np.random.default_rng(0)
+    shape = 64, 64
+    cases = [(np.full(shape, 255), np.full(shape, weight)) for weight in (127, -127)]
+    cases.append((rng.integers(0, 256, shape), rng.integers(-127, 128, shape)))
+    for a, weight in cases:
+        for exact in (True, False):  # the exact kernels, and what is chosen here
+            options = onnxruntime.SessionOptions()
+            options.add_session_config_entry(products.EXACT_PRODUCTS, "1") if exact else products.keep_products_exact(options)
+            got = products.run_product(a.astype(np.uint8), weight.astype(np.int8), options)
+            assert np.array_equal(got, a @ weight)
+
+
+def test_exact_kernels_where_the_usual_ones_saturate(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(precision: str, exact: bool) -> Any:
+        monkeypatch.setattr(products, "products_are_exact", lambda: exact)
+        pipeline = Pipeline.load(bundle, precision=precision, threads=1)
+        made = pipeline.generate([3], num_iter=2, seed=0)
+        for session in pipeline.backend._sessions.values():  # type: ignore[attr-defined]
+            options = session.get_session_options()
+            if exact or precision == "fp32":
+                with pytest.raises(RuntimeError):  # it has no such entry
+                    options.get_session_config_entry(products.EXACT_PRODUCTS)
+            else:
+                assert options.get_session_config_entry(products.EXACT_PRODUCTS) == "1"
+        return made.tokens
+
+    exact_here = products.products_are_exact()
+    tokens("fp32", False)
+    for precision in products.INTEGER_PRECISIONS:
+        slow = tokens(precision, False)
+        if exact_here:
+            assert np.array_equal(tokens(precision, True), slow)
 
 
 def test_static_nodes_are_what_tensorrt_reads(bundle: Path) -> None:
