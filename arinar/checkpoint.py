@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ArinarConfig, VaeConfig
+from .files import replacing
 from .model import Arinar, CausalArinar
 from .vae import AutoencoderKL
 
@@ -127,13 +128,9 @@ def _save(path: Path, kind: str, module: nn.Module, config: dict[str, Any], meta
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     header = {"format_version": FORMAT_VERSION, "kind": kind, "config": config, "metadata": metadata or {}}
     header["sha256"] = _digest(header, state)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(state, temporary, {METADATA_KEY: json.dumps(header, sort_keys=True)})
         temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digest(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import hashlib
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from .checkpoint import load_arinar, load_vae, save_arinar, save_vae
 from .config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 from .data import DIGITS, Augment, Dataset, load_dataset, to_float
 from .demo import demo_vae
+from .files import replacing
 from .inner import Mixture, log_density
 from .judge import Judgement, judge
 from .model import (
@@ -596,12 +596,8 @@ class _Fit:
             "optimizer": self.optimizer.state_dict(), "best": self.best, "best_step": self.best_step,
             "best_weights": self.best_weights, "history": self.history, "recent": self.recent,
         }  # fmt: skip
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Continue from a state file, or raise ValueError where it is damaged or belongs to another training."""

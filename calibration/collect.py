@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from arinar.config import ArinarConfig
+from arinar.files import replacing
 from arinar.quantization import Graph, layer_graphs
 from arinar.runtime.bundle import Bundle, Defaults
 from arinar.runtime.loop import Loop
@@ -100,13 +100,8 @@ class Recording:
             "samples": [[sample.graph, sample.step] for sample in self.samples],
         }  # fmt: skip
         arrays["head"] = np.array(json.dumps(head))
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Recording:

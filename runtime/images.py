@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from arinar.files import replacing
+
 METADATA_KEY = "arinar"
 
 
@@ -19,12 +21,8 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
     info = PngImagePlugin.PngInfo()
     if metadata:
         info.add_text(METADATA_KEY, json.dumps(dict(metadata), sort_keys=True))
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:

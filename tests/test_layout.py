@@ -18,7 +18,7 @@ ROOMS = {
     **{room: (ROOT / room if (ROOT / room).is_dir() else ROOT.parent / room) for room in ("export", "runtime", "calibration")},
 }
 # Plain modules (standard library and NumPy) that every room may import.
-PLAIN = {"arinar", "arinar.config", "arinar.schedule", "arinar.mixture_law"}
+PLAIN = {"arinar", "arinar.config", "arinar.files", "arinar.schedule", "arinar.mixture_law"}
 HEAVY = ("torch", "onnx", "onnxscript", "safetensors", "sklearn", "scipy", "polygraphy")
 
 
