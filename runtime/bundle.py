@@ -133,6 +133,10 @@ class Manifest:
             )
         return self.graphs[precision]
 
+    def scheme(self, precision: str) -> str:
+        """How a variant's graphs compute: as the variant of that name does. (One that was quantised may have any name.)"""
+        return str(self.provenance.get("quantization", {}).get(precision, {}).get("scheme", precision))
+
     def to_json(self) -> str:
         data = {
             "format_version": self.format_version,

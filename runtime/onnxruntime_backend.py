@@ -61,9 +61,9 @@ class OnnxRuntimeCpu:
         self._bundle = bundle
         self._graphs: dict[str, GraphInfo] = bundle.manifest.precision_graphs(precision)
         # (A causal step reads every weight for each row: its rows stay together.)
-        config = bundle.manifest.config
-        self._dynamic = precision in DYNAMIC_PRECISIONS and config.outer == "masked"
-        self._integers = precision in INTEGER_PRECISIONS
+        config, scheme = bundle.manifest.config, bundle.manifest.scheme(precision)
+        self._dynamic = scheme in DYNAMIC_PRECISIONS and config.outer == "masked"
+        self._integers = scheme in INTEGER_PRECISIONS
         self._large = [name for name in LARGE_ACTIVATIONS if name != "outer_step" or config.outer == "masked"]
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
         self.threads, self.low_memory = threads or usable_cores(), low_memory

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backend import usable_cores
-from .products import keep_products_exact, product_model
+from .products import keep_products_exact, product_session
 
 
 def processor_name() -> str:
@@ -45,7 +45,7 @@ def onnxruntime_peak(dtype: str, threads: int | None = None, *, size: int = 2048
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     keep_products_exact(options)
-    session = onnxruntime.InferenceSession(product_model(weight), options, providers=["CPUExecutionProvider"])
+    session = product_session(weight, options)
     return float(2 * size**3 / _fastest(lambda: session.run(None, {"a": a}), repeats))
 
 

@@ -35,10 +35,14 @@ def keep_products_exact(options: Any) -> None:
 
 def run_product(a: npt.NDArray[Any], weight: npt.NDArray[Any], options: Any = None) -> npt.NDArray[Any]:
     """a @ weight (N, N) by ONNX Runtime, of the types that `product_model` takes."""
+    return np.asarray(product_session(weight, options).run(None, {"a": a})[0])
+
+
+def product_session(weight: npt.NDArray[Any], options: Any = None) -> Any:
+    """An ONNX Runtime session of `product_model`."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(product_model(weight), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"a": a})[0])
+    return onnxruntime.InferenceSession(product_model(weight), options, providers=["CPUExecutionProvider"])
 
 
 # ---------------------------------------------------------------------------------------------- a model of one node

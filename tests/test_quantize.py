@@ -151,6 +151,20 @@ def test_exact_kernels_where_the_usual_ones_saturate(bundle: Path, monkeypatch: 
             assert np.array_equal(tokens(precision, True), slow)
 
 
+def test_a_variant_of_any_name_runs_as_its_scheme_does(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    quantize_bundle(folder, "int8", name="eight")
+    manifest = Bundle.open(folder).manifest
+    assert [manifest.scheme(precision) for precision in ("fp32", "int8", "eight")] == ["fp32", "int8", "int8"]
+    monkeypatch.setattr(products, "products_are_exact", lambda: False)
+    known, named = (Pipeline.load(folder, precision=precision, threads=1) for precision in ("int8", "eight"))
+    batch: dict[str, Any] = {"num_iter": 2, "seed": 0, "batch_size": 2}
+    assert np.array_equal(known.generate([3, 5], **batch).tokens, named.generate([3, 5], **batch).tokens)
+    for session in named.backend._sessions.values():  # type: ignore[attr-defined]
+        assert session.get_session_options().get_session_config_entry(products.EXACT_PRODUCTS) == "1"
+
+
 def test_static_nodes_are_what_tensorrt_reads(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     info = opened.manifest.graphs["int8-static"]["outer_step"]
