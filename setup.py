@@ -44,10 +44,18 @@ setup(
         # `arinar demo`: export, run on the CPU, judge.
         "demo": [*EXPORT, *DEMO, ONNXRUNTIME],
         "dev": [
-            *EXPORT, *DEMO, ONNXRUNTIME,
-            "scipy>=1.11", "pytest>=8", "pytest-xdist>=3.5", "polygraphy>=0.49", "ruff>=0.11", "mypy>=1.15", "build>=1.2",
+            *EXPORT,
+            *DEMO,
+            ONNXRUNTIME,
+            "scipy>=1.11",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "polygraphy>=0.49",
+            "ruff>=0.11",
+            "mypy>=1.15",
+            "build>=1.2",
         ],
     },
     entry_points={"console_scripts": ["arinar=arinar.cli:main"]},
     options={"editable_wheel": {"mode": "strict"}},
-)  # fmt: skip
+)

@@ -49,9 +49,7 @@ _LATER_SIZES = {(1024, 18), (1280, 22)}
 # What published containers hold beside tensors. None of these runs anything when it is built.
 _ALLOWED_GLOBALS = [argparse.Namespace]
 
-_ONLY_GMM = (
-    "only the inner autoregressive Gaussian-mixture head is supported (head_type ar_gmm, feature_group 1, no flow)"
-)
+_ONLY_GMM = "only the inner autoregressive Gaussian-mixture head is supported (head_type ar_gmm, feature_group 1, no flow)"
 _HEAD_TYPES = {
     "ar_diff_loss": "inner autoregressive diffusion",
     "ar_rect_flow": "inner autoregressive rectified flow",
@@ -101,9 +99,13 @@ class CheckpointInfo:
         """Plain values, ready for JSON."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain.update(
-            config=self.config.to_dict(), inner_heads=self.inner_heads, dtypes=list(self.dtypes),
-            notes=list(self.notes), warnings=list(self.warnings), metadata=dict(self.metadata),
-        )  # fmt: skip
+            config=self.config.to_dict(),
+            inner_heads=self.inner_heads,
+            dtypes=list(self.dtypes),
+            notes=list(self.notes),
+            warnings=list(self.warnings),
+            metadata=dict(self.metadata),
+        )
         return plain
 
 
@@ -228,9 +230,7 @@ def _resolve(path: PathLike, vae: bool) -> Path:
         if path in demo.DEMO_MODELS:
             return Path(demo.demo_vae(path) if vae else demo.demo_checkpoint(path))
         if not Path(path).exists():
-            raise CheckpointError(
-                f"no file {path}, nor a demo model of that name (demo models: {', '.join(demo.DEMO_MODELS)})"
-            )
+            raise CheckpointError(f"no file {path}, nor a demo model of that name (demo models: {', '.join(demo.DEMO_MODELS)})")
     return Path(path)
 
 
@@ -310,9 +310,7 @@ def _open_safetensors(path: Path) -> _Contents:
     except (ValueError, KeyError, TypeError) as error:
         _damaged(path, f"its header: {error}")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, this arinar reads {FORMAT_VERSION}: use a newer arinar"
-        )
+        raise CheckpointError(f"{path} has format version {version}, this arinar reads {FORMAT_VERSION}: use a newer arinar")
     if _digest(header, state) != expected:
         _damaged(path, "its sha256 does not match its contents")
     return _Contents(f"arinar safetensors, version {version}", {"": state}, config, kind, metadata=saved)
@@ -359,14 +357,10 @@ def _take_apart(path: Path, data: Any) -> _Contents:
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a state dict, or a training container")
     if any(isinstance(value, Tensor) for value in data.values()):
         return _Contents("bare state dict", {"": dict(data)})
-    states = {
-        key: dict(data[key]) for key in ("model", "model_ema", "state_dict") if isinstance(data.get(key), Mapping)
-    }
+    states = {key: dict(data[key]) for key in ("model", "model_ema", "state_dict") if isinstance(data.get(key), Mapping)}
     if not states:
         held = ", ".join(str(key) for key in list(data)[:6]) or "nothing"
-        raise CheckpointError(
-            f"{path} holds no weights (its entries: {held}); expected model, model_ema or state_dict"
-        )
+        raise CheckpointError(f"{path} holds no weights (its entries: {held}); expected model, model_ema or state_dict")
     args = data.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
@@ -401,9 +395,7 @@ def _read_arinar(
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     contents = contents or _open(path)
     if _looks_like_vae(contents):
-        raise CheckpointError(
-            f"{path} is an autoencoder, not a model: load it with load_vae (--vae on the command line)"
-        )
+        raise CheckpointError(f"{path} is an autoencoder, not a model: load it with load_vae (--vae on the command line)")
     weights, state = _choose_weights(path, contents.states, ema)
     state = _strip(path, state)
     _refuse_other_heads(path, state, contents.args or {})
@@ -424,9 +416,7 @@ def _read_arinar(
         config = _parse(path, ArinarConfig, contents.config)
     else:
         source = (
-            "inferred from the saved args and the weights' shapes"
-            if contents.args
-            else "inferred from the weights' shapes"
+            "inferred from the saved args and the weights' shapes" if contents.args else "inferred from the weights' shapes"
         )
         config, heads_source, guesses = _infer_arinar(path, state, contents.args, inner_heads)
         warned += guesses
@@ -501,12 +491,21 @@ def _finish(
             f"training diverged, or the file is damaged; use another checkpoint"
         )
     info = CheckpointInfo(
-        path=str(path), kind=kind, source=contents.source, weights=weights, config=config,
+        path=str(path),
+        kind=kind,
+        source=contents.source,
+        weights=weights,
+        config=config,
         config_source=source,
-        parameters=sum(parameter.numel() for parameter in empty.parameters()), dtypes=tuple(dtypes),
-        inner_heads_source=heads_source, notes=tuple(notes), warnings=tuple(warned), epoch=contents.epoch,
-        metadata=contents.metadata, size=path.stat().st_size,
-    )  # fmt: skip
+        parameters=sum(parameter.numel() for parameter in empty.parameters()),
+        dtypes=tuple(dtypes),
+        inner_heads_source=heads_source,
+        notes=tuple(notes),
+        warnings=tuple(warned),
+        epoch=contents.epoch,
+        metadata=contents.metadata,
+        size=path.stat().st_size,
+    )
     return converted, info
 
 
@@ -529,9 +528,7 @@ def _strip(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     clean: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: entry {name} is a {type(value).__name__}, not a tensor; expected weights alone"
-            )
+            raise CheckpointError(f"{path}: entry {name} is a {type(value).__name__}, not a tensor; expected weights alone")
         if value.layout != torch.strided or not value.is_floating_point():
             raise CheckpointError(
                 f"{path}: entry {name} is {value.layout} {value.dtype}; expected dense floating-point "
@@ -541,9 +538,7 @@ def _strip(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     return clean
 
 
-def _check_shapes(
-    path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str
-) -> None:
+def _check_shapes(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     shaped = [
@@ -687,34 +682,42 @@ def _infer_arinar(
     stride = _integer(path, saved, "vae_stride", 16)
     try:
         config = ArinarConfig(
-            img_size=grid * stride * patch, vae_stride=stride, patch_size=patch,
-            vae_embed_dim=token_dim // patch**2, num_classes=num_classes,
+            img_size=grid * stride * patch,
+            vae_stride=stride,
+            patch_size=patch,
+            vae_embed_dim=token_dim // patch**2,
+            num_classes=num_classes,
             buffer_size=shape("encoder_pos_embed_learned", 3)[1] - length,
-            encoder_width=encoder_width, encoder_depth=depths["encoder"], encoder_heads=heads["encoder"],
-            decoder_width=decoder_width, decoder_depth=depths["decoder"], decoder_heads=heads["decoder"],
-            mlp_ratio=outer_rows / encoder_width, inner_width=inner_width, inner_depth=inner_depth,
-            inner_heads=settled[0], inner_mlp_ratio=inner_rows / inner_width,
-            num_gaussians=shape("arhead.head.weight", 2)[0] // 3, default_num_iter=min(64, length),
-        )  # fmt: skip
+            encoder_width=encoder_width,
+            encoder_depth=depths["encoder"],
+            encoder_heads=heads["encoder"],
+            decoder_width=decoder_width,
+            decoder_depth=depths["decoder"],
+            decoder_heads=heads["decoder"],
+            mlp_ratio=outer_rows / encoder_width,
+            inner_width=inner_width,
+            inner_depth=inner_depth,
+            inner_heads=settled[0],
+            inner_mlp_ratio=inner_rows / inner_width,
+            num_gaussians=shape("arhead.head.weight", 2)[0] // 3,
+            default_num_iter=min(64, length),
+        )
     except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{path}: its weights' shapes give no usable config ({error}): pass config=..."
-        ) from None
+        raise CheckpointError(f"{path}: its weights' shapes give no usable config ({error}): pass config=...") from None
     entries = {
-        "img_size": config.img_size, "vae_embed_dim": config.vae_embed_dim, "class_num": num_classes,
-        "buffer_size": config.buffer_size, "num_gaussians": config.num_gaussians,
+        "img_size": config.img_size,
+        "vae_embed_dim": config.vae_embed_dim,
+        "class_num": num_classes,
+        "buffer_size": config.buffer_size,
+        "num_gaussians": config.num_gaussians,
         "inner_ar_width": inner_width,
         "inner_ar_depth": inner_depth,
-    }  # fmt: skip
+    }
     wrong = [
-        f"{name} is {saved[name]} in args, {got} in the weights"
-        for name, got in entries.items()
-        if saved.get(name, got) != got
+        f"{name} is {saved[name]} in args, {got} in the weights" for name, got in entries.items() if saved.get(name, got) != got
     ]
     if wrong:
-        raise CheckpointError(
-            f"{path}: saved args and weights disagree ({'; '.join(wrong)}): pass config=... to decide"
-        )
+        raise CheckpointError(f"{path}: saved args and weights disagree ({'; '.join(wrong)}): pass config=... to decide")
     return config, settled[1], warned
 
 
@@ -759,18 +762,19 @@ def _infer_vae(path: Path, state: Mapping[str, Tensor]) -> VaeConfig:
     multipliers = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // channels for level in range(levels))
 
     def attention(room: str) -> tuple[int, ...]:
-        return tuple(
-            level for level in range(levels) if any(name.startswith(f"{room}.{level}.attn.") for name in state)
-        )
+        return tuple(level for level in range(levels) if any(name.startswith(f"{room}.{level}.attn.") for name in state))
 
     try:
         return VaeConfig(
-            embed_dim=shape("post_quant_conv.weight")[1], channels=channels, channel_multipliers=multipliers,
-            num_res_blocks=_count(state, "encoder.down.0.block."), in_channels=in_channels,
+            embed_dim=shape("post_quant_conv.weight")[1],
+            channels=channels,
+            channel_multipliers=multipliers,
+            num_res_blocks=_count(state, "encoder.down.0.block."),
+            in_channels=in_channels,
             encoder_attention_levels=attention("encoder.down"),
             decoder_attention_levels=attention("decoder.up"),
             out_channels=shape("decoder.conv_out.weight")[0],
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise CheckpointError(
             f"{path}: its shapes give no usable config ({error}): pass config=VaeConfig(norm_groups=..., ...)"

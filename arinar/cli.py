@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 # What to install when a package of a room is missing.
 INSTALL_HINTS = {
-    "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export",
-    "sklearn": "demo", "onnxruntime": "cpu",
-}  # fmt: skip
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "sklearn": "demo",
+    "onnxruntime": "cpu",
+}
 
 BAD_INPUT, FAILED = 2, 1
 
@@ -113,12 +117,16 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 SAMPLING = _options(
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance, at least 1 (1 = none). [default: the bundle's]"),
-    click.option("--cfg-schedule", type=click.Choice(["linear", "constant"]), help="How guidance grows over the steps. [default: linear]"),
+    click.option(
+        "--guidance-scale", type=float, help="Classifier-free guidance, at least 1 (1 = none). [default: the bundle's]"
+    ),
+    click.option(
+        "--cfg-schedule", type=click.Choice(["linear", "constant"]), help="How guidance grows over the steps. [default: linear]"
+    ),
     click.option("--temperature", type=float, help="Multiplies the std of the mixture components. [default: 1.0]"),
     click.option("--num-iter", type=int, help="Outer steps, 1 to the number of tokens. [default: the bundle's]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
-)  # fmt: skip
+)
 
 
 def _no_cuda_graphs(ctx: click.Context, param: click.Parameter, off: bool) -> None:
@@ -127,16 +135,28 @@ def _no_cuda_graphs(ctx: click.Context, param: click.Parameter, off: bool) -> No
 
 
 RUNTIME = _options(
-    click.option("--backend", help="Execution backend: onnxruntime-cpu, onnxruntime-cuda, tensorrt. [default: the best available]"),
+    click.option(
+        "--backend", help="Execution backend: onnxruntime-cpu, onnxruntime-cuda, tensorrt. [default: the best available]"
+    ),
     click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]"),
-    click.option("--low-memory", is_flag=True, help="On the CPU, hold the transformers or the VAE in memory, not both; every batch loads them again."),
-    click.option("--no-cuda-graphs", is_flag=True, expose_value=False, callback=_no_cuda_graphs, help="Launch every step anew on a GPU, instead of replaying a recording; slower, less memory."),
+    click.option(
+        "--low-memory",
+        is_flag=True,
+        help="On the CPU, hold the transformers or the VAE in memory, not both; every batch loads them again.",
+    ),
+    click.option(
+        "--no-cuda-graphs",
+        is_flag=True,
+        expose_value=False,
+        callback=_no_cuda_graphs,
+        help="Launch every step anew on a GPU, instead of replaying a recording; slower, less memory.",
+    ),
 )
 CHECKPOINT = _options(
     click.option("--no-ema", is_flag=True, help="Take the raw weights of a training checkpoint, not the averaged ones."),
     click.option("--inner-heads", type=int, help="Heads of the inner attention, where the checkpoint does not say (4 or 16)."),
-)  # fmt: skip
+)
 
 
 def _load_models(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int | None) -> tuple[Arinar, AutoencoderKL]:
@@ -159,9 +179,7 @@ def _inspected(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int 
     return _provenance(checkpoint, vae, info)
 
 
-def _open_pipeline(
-    bundle: Path, backend: str | None, precision: str | None, threads: int | None, low_memory: bool
-) -> Pipeline:
+def _open_pipeline(bundle: Path, backend: str | None, precision: str | None, threads: int | None, low_memory: bool) -> Pipeline:
     """Load a bundle with the options that RUNTIME gives."""
     from arinar.runtime import Pipeline
 
@@ -173,20 +191,35 @@ def _open_pipeline(
 
 def _provenance(checkpoint: str, vae: str | None, info: CheckpointInfo) -> dict[str, Any]:
     return {
-        "checkpoint": Path(checkpoint).name, "checkpoint_sha256": info.sha256, "checkpoint_source": info.source,
-        "weights": info.weights, "inner_heads": info.inner_heads, "inner_heads_source": info.inner_heads_source,
+        "checkpoint": Path(checkpoint).name,
+        "checkpoint_sha256": info.sha256,
+        "checkpoint_source": info.source,
+        "weights": info.weights,
+        "inner_heads": info.inner_heads,
+        "inner_heads_source": info.inner_heads_source,
         "vae": Path(vae or checkpoint).name,
-    }  # fmt: skip
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- demo
 
 
 @main.command()
-@click.option("--model", type=click.Choice(["digits", "digits-causal"]), default="digits", show_default=True,
-              help="Which of the shipped, really trained models.")  # fmt: skip
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True,
-              help="Folder for the bundle and the pictures.")  # fmt: skip
+@click.option(
+    "--model",
+    type=click.Choice(["digits", "digits-causal"]),
+    default="digits",
+    show_default=True,
+    help="Which of the shipped, really trained models.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the bundle and the pictures.",
+)
 @click.option("--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Images per digit.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
@@ -241,11 +274,18 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     seconds = time.perf_counter() - began
     _say(f"done in {seconds:.0f} s. Look at {picture}; generate more with: arinar generate {bundle} --labels 0-9 -o out")
     if as_json:
-        _json({
-            "model": model, "picture": str(picture), "bundle": str(bundle), "seconds": seconds,
-            "agreement": verdict.agreement, "diversity": verdict.diversity, "novelty": verdict.novelty,
-            "parity": report.to_dict(),
-        })  # fmt: skip
+        _json(
+            {
+                "model": model,
+                "picture": str(picture),
+                "bundle": str(bundle),
+                "seconds": seconds,
+                "agreement": verdict.agreement,
+                "diversity": verdict.diversity,
+                "novelty": verdict.novelty,
+                "parity": report.to_dict(),
+            }
+        )
     if not report.passed:
         sys.exit(FAILED)
 
@@ -260,7 +300,9 @@ def _indent(line: str) -> None:
 @main.command()
 @click.argument("what", type=click.Choice(["model", "vae"]), default="model")
 @click.option("--config", default="digits", show_default=True, help="Preset name, or a JSON file with a model (or VAE) config.")
-@click.option("--data", default="digits", show_default=True, help="'digits', or a folder with one sub-folder of images per class.")
+@click.option(
+    "--data", default="digits", show_default=True, help="'digits', or a folder with one sub-folder of images per class."
+)
 @click.option("--vae", help="Autoencoder's checkpoint, for training a model. [default: the shipped one of the digits]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
 @click.option("--steps", type=click.IntRange(min=1), help="Updates. [default: what the shipped weights took]")
@@ -352,18 +394,44 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
 @main.command()
 @click.argument("checkpoint")
 @click.option("--vae", help="Autoencoder's checkpoint (e.g. kl16.ckpt). [default: the demo model's own]")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write, or to add a precision to.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the transformer graphs: fp32, fp16, int8 (for CPUs), int8-static or fp8 (for TensorRT).")
-@click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), help="What `arinar calibrate` wrote; int8-static and fp8 need it.")
-@click.option("--vae-precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the VAE graphs of an fp16 variant.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write, or to add a precision to."
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="Of the transformer graphs: fp32, fp16, int8 (for CPUs), int8-static or fp8 (for TensorRT).",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What `arinar calibrate` wrote; int8-static and fp8 need it.",
+)
+@click.option(
+    "--vae-precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the VAE graphs of an fp16 variant.",
+)
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset; 20 suits every TensorRT from 10.0 on.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 @CHECKPOINT
 def export(
-    checkpoint: str, vae: str | None, out: Path, precision: str, calibration: Path | None, vae_precision: str,
-    opset: int, overwrite: bool, as_json: bool, no_ema: bool, inner_heads: int | None,
-) -> None:  # fmt: skip
+    checkpoint: str,
+    vae: str | None,
+    out: Path,
+    precision: str,
+    calibration: Path | None,
+    vae_precision: str,
+    opset: int,
+    overwrite: bool,
+    as_json: bool,
+    no_ema: bool,
+    inner_heads: int | None,
+) -> None:
     """Export a trained model and its VAE to a bundle of ONNX graphs, each proven against PyTorch.
 
     CHECKPOINT is a published training checkpoint, a safetensors file, or a demo model's name. The 8-bit precisions are
@@ -386,17 +454,31 @@ def export(
 
     model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
     manifest = export_bundle(
-        model, autoencoder, out, precision=precision, vae_precision=vae_precision, opset=opset, overwrite=overwrite,
-        provenance=_inspected(checkpoint, vae, no_ema, inner_heads), progress=_say,
-    )  # fmt: skip
+        model,
+        autoencoder,
+        out,
+        precision=precision,
+        vae_precision=vae_precision,
+        opset=opset,
+        overwrite=overwrite,
+        provenance=_inspected(checkpoint, vae, no_ema, inner_heads),
+        progress=_say,
+    )
     if as_json:
         click.echo(manifest.to_json(), nl=False)
 
 
 def _export_quantized(
-    checkpoint: str, vae: str | None, out: Path, precision: str, calibration: Path | None, opset: int, overwrite: bool,
-    no_ema: bool, inner_heads: int | None,
-) -> Any:  # fmt: skip
+    checkpoint: str,
+    vae: str | None,
+    out: Path,
+    precision: str,
+    calibration: Path | None,
+    opset: int,
+    overwrite: bool,
+    no_ema: bool,
+    inner_heads: int | None,
+) -> Any:
     from arinar.export.bundle import export_bundle
     from arinar.export.quantize import check_weights, quantize_bundle
     from arinar.runtime import Bundle
@@ -422,19 +504,48 @@ def _export_quantized(
 @click.option("--vae", help="Autoencoder's checkpoint, where MODEL is one. [default: the demo model's own]")
 @click.option("--num-images", type=int, default=64, show_default=True, help="Trajectories to record.")
 @click.option("--labels", type=Labels(), help="Classes of those images, in turn. [default: all]")
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="JSON file to write; recorded inputs go into an .npz beside it.")
-@click.option("--precision", "precisions", multiple=True, help="Search a map for this 8-bit precision only; may be repeated. [default: all]")
-@click.option("--budget-kl", type=float, default=3e-4, show_default=True, help="Mean divergence per feature that a precision map may cost, in nats.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time; bounds the memory.")
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSON file to write; recorded inputs go into an .npz beside it.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    help="Search a map for this 8-bit precision only; may be repeated. [default: all]",
+)
+@click.option(
+    "--budget-kl",
+    type=float,
+    default=3e-4,
+    show_default=True,
+    help="Mean divergence per feature that a precision map may cost, in nats.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time; bounds the memory."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was chosen, as JSON.")
 @SAMPLING
 @CHECKPOINT
 def calibrate(
-    model: str, vae: str | None, num_images: int, labels: list[int] | None, out: Path, precisions: tuple[str, ...],
-    budget_kl: float, batch_size: int, threads: int | None, as_json: bool, no_ema: bool, inner_heads: int | None,
+    model: str,
+    vae: str | None,
+    num_images: int,
+    labels: list[int] | None,
+    out: Path,
+    precisions: tuple[str, ...],
+    budget_kl: float,
+    batch_size: int,
+    threads: int | None,
+    as_json: bool,
+    no_ema: bool,
+    inner_heads: int | None,
     **sampling: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Measure what the layers see while the model generates, and find out which of them bear 8 bits.
 
     MODEL is a bundle with fp32 graphs, or a checkpoint, which is exported for the occasion. Ctrl-C leaves what was
@@ -477,7 +588,9 @@ def calibrate(
         return
     largest = result["activations"]["largest"]
     safe = "room enough for fp16" if result["activations"]["fp16_safe"] else "TOO LARGE for fp16"
-    click.echo(f"largest activation: {largest['value']:g} ({largest['tensor']} of {largest['graph']}, step {largest['step']}): {safe}")
+    click.echo(
+        f"largest activation: {largest['value']:g} ({largest['tensor']} of {largest['graph']}, step {largest['step']}): {safe}"
+    )
     for precision, found in result["maps"].items():
         click.echo(
             f"{precision}: {len(found['quantized'])} layers quantised, ranges by {found['method']}; KL {found['kl']:.2e}, "
@@ -495,16 +608,29 @@ def calibrate(
 @click.option("--per-label", type=click.IntRange(min=1), default=1, show_default=True, help="Images of each label.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, grid.png.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images at a time; fixing it makes results identical to the last bit.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Images at a time; fixing it makes results identical to the last bit."
+)
 @click.option("--overwrite", is_flag=True, help="Replace images that were made with other settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
 @SAMPLING
 @RUNTIME
 def generate(
-    bundle: Path, labels: list[int], per_label: int, out: Path, grid: bool, batch_size: int | None, overwrite: bool,
-    as_json: bool, backend: str | None, precision: str | None, threads: int | None, low_memory: bool, seed: int,
+    bundle: Path,
+    labels: list[int],
+    per_label: int,
+    out: Path,
+    grid: bool,
+    batch_size: int | None,
+    overwrite: bool,
+    as_json: bool,
+    backend: str | None,
+    precision: str | None,
+    threads: int | None,
+    low_memory: bool,
+    seed: int,
     **sampling: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Generate images from a bundle: numbered PNG files that hold their label and seed as metadata.
 
     Files that are already there, made with the same settings, are kept: an interrupted run goes on where it stopped.
@@ -531,10 +657,17 @@ def generate(
         save_png(contact_sheet(work.images(), columns), out / "grid.png", {"seed": seed})
     made = len(wanted) - kept
     if as_json:
-        _json({
-            "images": [str(path) for path in work.paths], "labels": wanted, "seed": seed, "made": made,
-            "timings": timings, "backend": pipeline.backend.name, "precision": pipeline.precision,
-        })  # fmt: skip
+        _json(
+            {
+                "images": [str(path) for path in work.paths],
+                "labels": wanted,
+                "seed": seed,
+                "made": made,
+                "timings": timings,
+                "backend": pipeline.backend.name,
+                "precision": pipeline.precision,
+            }
+        )
     else:
         pace = f", {timings['total'] / made:.3g} s each" if made else ""
         click.echo(f"{made} images in {out}{pace}" + (f"; contact sheet {out / 'grid.png'}" if grid else ""))
@@ -548,21 +681,58 @@ def generate(
 @click.option("--checkpoint", required=True, help="The trained model that the bundle should be (file or demo name).")
 @click.option("--vae", help="Its autoencoder. [default: the demo model's own]")
 @click.option("--labels", type=Labels(), default="0-7", show_default=True, help="Classes of the compared images.")
-@click.option("--distribution", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Also compare the distributions of N images of each.")
-@click.option("--features", default="builtin", show_default=True, help="What distributions are compared by: builtin (32 fixed features of shape and colour), inception (needs torch-fidelity), or your own module:function, images (N, H, W, 3) uint8 -> (N, F).")
-@click.option("--fid-stats", type=click.Path(path_type=Path, dir_okay=False), help="Statistics of a reference set (.npz with mu and sigma), made with the same features.")
-@click.option("--threshold", "limits", multiple=True, metavar="NAME=VALUE", help="Override a limit, e.g. z=1e-3; may be repeated.")
-@click.option("--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained HTML report here.")
+@click.option(
+    "--distribution",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Also compare the distributions of N images of each.",
+)
+@click.option(
+    "--features",
+    default="builtin",
+    show_default=True,
+    help="What distributions are compared by: builtin (32 fixed features of shape and colour), inception (needs torch-fidelity), or your own module:function, images (N, H, W, 3) uint8 -> (N, F).",
+)
+@click.option(
+    "--fid-stats",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Statistics of a reference set (.npz with mu and sigma), made with the same features.",
+)
+@click.option(
+    "--threshold", "limits", multiple=True, metavar="NAME=VALUE", help="Override a limit, e.g. z=1e-3; may be repeated."
+)
+@click.option(
+    "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained HTML report here."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
 @SAMPLING
 @RUNTIME
 @CHECKPOINT
 def parity(
-    bundle: Path, checkpoint: str, vae: str | None, labels: list[int], distribution: int, features: str,
-    fid_stats: Path | None, limits: tuple[str, ...], report_file: Path | None, as_json: bool, backend: str | None,
-    precision: str | None, threads: int | None, low_memory: bool, no_ema: bool, inner_heads: int | None,
-    cfg_schedule: str | None, guidance_scale: float | None, temperature: float | None, num_iter: int | None, seed: int,
-) -> None:  # fmt: skip
+    bundle: Path,
+    checkpoint: str,
+    vae: str | None,
+    labels: list[int],
+    distribution: int,
+    features: str,
+    fid_stats: Path | None,
+    limits: tuple[str, ...],
+    report_file: Path | None,
+    as_json: bool,
+    backend: str | None,
+    precision: str | None,
+    threads: int | None,
+    low_memory: bool,
+    no_ema: bool,
+    inner_heads: int | None,
+    cfg_schedule: str | None,
+    guidance_scale: float | None,
+    temperature: float | None,
+    num_iter: int | None,
+    seed: int,
+) -> None:
     """Is the deployed bundle still the trained model? Exits with 1 when a check fails.
 
     Four levels: each graph alone; along the PyTorch trajectory, step by step; both on their own from the same noise;
@@ -587,11 +757,22 @@ def parity(
     thresholds = parse_thresholds(limits, pipeline.precision)
     model, autoencoder = _load_models(checkpoint, vae, no_ema, inner_heads)
     report = run_parity(
-        pipeline, model, autoencoder, labels=labels, guidance_scale=guidance_scale, num_iter=num_iter,
-        temperature=1.0 if temperature is None else temperature, cfg_schedule=cfg_schedule or "linear", seed=seed,
-        thresholds=thresholds, distribution=distribution, features=features, fid_stats=fid_stats,
-        reference=_inspected(checkpoint, vae, no_ema, inner_heads), progress=_quiet if as_json else _say,
-    )  # fmt: skip
+        pipeline,
+        model,
+        autoencoder,
+        labels=labels,
+        guidance_scale=guidance_scale,
+        num_iter=num_iter,
+        temperature=1.0 if temperature is None else temperature,
+        cfg_schedule=cfg_schedule or "linear",
+        seed=seed,
+        thresholds=thresholds,
+        distribution=distribution,
+        features=features,
+        fid_stats=fid_stats,
+        reference=_inspected(checkpoint, vae, no_ema, inner_heads),
+        progress=_quiet if as_json else _say,
+    )
     if report_file is not None:
         from arinar.export.report import write_report
 
@@ -621,26 +802,68 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True, help="Library that builds, and later runs, the engines.")
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt",
+    show_default=True,
+    help="Library that builds, and later runs, the engines.",
+)
 @click.option("--precision", help="Variant of the bundle. [default: fp16, or the only one]")
-@click.option("--batch", type=Batch(), default=(1, 8, 64), show_default="1:8:64", help="Least, usual and largest number of images at a time.")
-@click.option("--min-num-iter", type=click.IntRange(min=1), help="Fewest outer steps to serve. [default: a quarter of the bundle's default]")
-@click.option("--graph", "graphs", multiple=True, help="Build only this graph; may be repeated. [default: all that generation runs]")
-@click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory of an engine, in MiB. [default: what the device has]")
-@click.option("--opt-level", type=click.IntRange(0, 5), help="Effort of the builder: 0 builds fast, 5 runs fast. [default: the library's]")
-@click.option("--timing-cache", type=click.Path(path_type=Path, file_okay=False), help="Folder that keeps the builder's measurements: later builds are faster and choose alike.")
-@click.option("--version-compatible", is_flag=True, help="Engines that later versions of the library run too; larger and slower.")
-@click.option("--compute-capability", help="GPUs to build for, e.g. 8.9,12.0 (tensorrt-rtx). [default: this GPU; tensorrt-rtx: all from 8.0 on]")
+@click.option(
+    "--batch",
+    type=Batch(),
+    default=(1, 8, 64),
+    show_default="1:8:64",
+    help="Least, usual and largest number of images at a time.",
+)
+@click.option(
+    "--min-num-iter",
+    type=click.IntRange(min=1),
+    help="Fewest outer steps to serve. [default: a quarter of the bundle's default]",
+)
+@click.option(
+    "--graph", "graphs", multiple=True, help="Build only this graph; may be repeated. [default: all that generation runs]"
+)
+@click.option(
+    "--workspace", type=click.IntRange(min=1), help="Most scratch memory of an engine, in MiB. [default: what the device has]"
+)
+@click.option(
+    "--opt-level", type=click.IntRange(0, 5), help="Effort of the builder: 0 builds fast, 5 runs fast. [default: the library's]"
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder that keeps the builder's measurements: later builds are faster and choose alike.",
+)
+@click.option(
+    "--version-compatible", is_flag=True, help="Engines that later versions of the library run too; larger and slower."
+)
+@click.option(
+    "--compute-capability",
+    help="GPUs to build for, e.g. 8.9,12.0 (tensorrt-rtx). [default: this GPU; tensorrt-rtx: all from 8.0 on]",
+)
 @click.option("--timeout", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds for one graph.")
 @click.option("--rebuild", is_flag=True, help="Build also what has not changed.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be built.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result, as JSON.")
 def build(
-    bundle: Path, backend: str, precision: str | None, batch: tuple[int, int, int], min_num_iter: int | None,
-    graphs: tuple[str, ...], workspace: int | None, opt_level: int | None, timing_cache: Path | None,
-    version_compatible: bool, compute_capability: str | None, timeout: float, rebuild: bool, dry_run: bool,
+    bundle: Path,
+    backend: str,
+    precision: str | None,
+    batch: tuple[int, int, int],
+    min_num_iter: int | None,
+    graphs: tuple[str, ...],
+    workspace: int | None,
+    opt_level: int | None,
+    timing_cache: Path | None,
+    version_compatible: bool,
+    compute_capability: str | None,
+    timeout: float,
+    rebuild: bool,
+    dry_run: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Build TensorRT engines from a bundle's graphs, into the bundle. Exits with 1 when one could not be built.
 
     What has not changed since the last build is kept. Engines for several GPUs, versions and precisions lie side by
@@ -654,12 +877,22 @@ def build(
     from arinar.runtime.engines import MODULES
 
     outcomes = build_engines(
-        bundle, module=MODULES[backend], precision=precision, graphs=graphs or None, batch=batch,
-        min_num_iter=min_num_iter, workspace=None if workspace is None else workspace << 20,
-        optimization_level=opt_level, timing_cache=timing_cache, version_compatible=version_compatible,
+        bundle,
+        module=MODULES[backend],
+        precision=precision,
+        graphs=graphs or None,
+        batch=batch,
+        min_num_iter=min_num_iter,
+        workspace=None if workspace is None else workspace << 20,
+        optimization_level=opt_level,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
         compute_capability=[item.strip() for item in (compute_capability or "").split(",") if item.strip()],
-        timeout=timeout, rebuild=rebuild, dry_run=dry_run, progress=_quiet if as_json else _say,
-    )  # fmt: skip
+        timeout=timeout,
+        rebuild=rebuild,
+        dry_run=dry_run,
+        progress=_quiet if as_json else _say,
+    )
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if as_json:
         _json([outcome.to_dict() for outcome in outcomes])
@@ -693,10 +926,20 @@ def build(
 @click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
 @RUNTIME
 def bench(
-    bundle: Path, batches: list[int], num_iters: list[int] | None, guidance_scale: float | None, repeats: int,
-    out: Path | None, html_file: Path | None, against: Path | None, as_json: bool, backend: str | None,
-    precision: str | None, threads: int | None, low_memory: bool,
-) -> None:  # fmt: skip
+    bundle: Path,
+    batches: list[int],
+    num_iters: list[int] | None,
+    guidance_scale: float | None,
+    repeats: int,
+    out: Path | None,
+    html_file: Path | None,
+    against: Path | None,
+    as_json: bool,
+    backend: str | None,
+    precision: str | None,
+    threads: int | None,
+    low_memory: bool,
+) -> None:
     """How fast is a bundle on this machine? Time by phase, memory, cold start, and the time it takes at least.
 
     \b
@@ -715,9 +958,13 @@ def bench(
             check_writable(path)
     pipeline = _open_pipeline(bundle, backend, precision, threads, low_memory)
     report = benchmark.bench(
-        pipeline, batches=batches, num_iters=num_iters, guidance_scale=guidance_scale, repeats=repeats,
+        pipeline,
+        batches=batches,
+        num_iters=num_iters,
+        guidance_scale=guidance_scale,
+        repeats=repeats,
         progress=_quiet if as_json else _say,
-    )  # fmt: skip
+    )
     if earlier is not None:
         report["against"] = benchmark.compare(earlier, report)
     # Printed before it is written: a disk that is full by now does not cost the measurement.
@@ -760,9 +1007,13 @@ def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: i
         return
     click.echo(f"{info.path}: {info.source}")
     rows = [
-        ("kind", info.kind), ("weights", info.weights), ("parameters", f"{info.parameters:,}"),
-        ("sha256", info.sha256), ("config", info.config_source), *info.config.to_dict().items(),
-    ]  # fmt: skip
+        ("kind", info.kind),
+        ("weights", info.weights),
+        ("parameters", f"{info.parameters:,}"),
+        ("sha256", info.sha256),
+        ("config", info.config_source),
+        *info.config.to_dict().items(),
+    ]
     if info.inner_heads is not None:
         rows.append(("inner heads", f"{info.inner_heads} ({info.inner_heads_source})"))
     _rows([*rows, *info.metadata.items()])

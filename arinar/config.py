@@ -38,8 +38,7 @@ class VaeConfig:
         for multiplier in self.channel_multipliers:
             if self.channels * multiplier % self.norm_groups:
                 raise ValueError(
-                    f"VAE channels {self.channels} x multiplier {multiplier} is not divisible by "
-                    f"norm_groups {self.norm_groups}"
+                    f"VAE channels {self.channels} x multiplier {multiplier} is not divisible by norm_groups {self.norm_groups}"
                 )
 
     @property
@@ -109,16 +108,14 @@ class ArinarConfig:
                 value = tuple(float(v) for v in value)
                 if len(value) != self.vae_embed_dim:
                     raise ValueError(
-                        f"{name} has {len(value)} values; expected one number or {self.vae_embed_dim} "
-                        f"(one per latent channel)"
+                        f"{name} has {len(value)} values; expected one number or {self.vae_embed_dim} (one per latent channel)"
                     )
                 object.__setattr__(self, name, value)
         if self.outer not in OUTER_KINDS:
             raise ValueError(f"outer is {self.outer!r}; choose one of {', '.join(OUTER_KINDS)}")
         if self.img_size % (self.vae_stride * self.patch_size):
             raise ValueError(
-                f"img_size {self.img_size} is not a multiple of vae_stride x patch_size "
-                f"({self.vae_stride} x {self.patch_size})"
+                f"img_size {self.img_size} is not a multiple of vae_stride x patch_size ({self.vae_stride} x {self.patch_size})"
             )
         for room in ("encoder", "decoder", "inner"):
             width, heads = getattr(self, f"{room}_width"), getattr(self, f"{room}_heads")
@@ -211,19 +208,35 @@ def _known(cls: type, data: dict[str, Any], what: str) -> dict[str, Any]:
 
 def _published(width: int, depth: int, heads: int, **changes: Any) -> ArinarConfig:
     return ArinarConfig(
-        encoder_width=width, encoder_depth=depth, encoder_heads=heads,
-        decoder_width=width, decoder_depth=depth, decoder_heads=heads, **changes,
-    )  # fmt: skip
+        encoder_width=width,
+        encoder_depth=depth,
+        encoder_heads=heads,
+        decoder_width=width,
+        decoder_depth=depth,
+        decoder_heads=heads,
+        **changes,
+    )
 
 
 _DIGITS_NAMES = tuple(str(digit) for digit in range(10))
 _DIGITS = ArinarConfig(
-    img_size=32, vae_stride=8, num_classes=10, buffer_size=4,
-    encoder_width=96, encoder_depth=3, encoder_heads=4,
-    decoder_width=96, decoder_depth=3, decoder_heads=4,
-    inner_width=64, inner_depth=1, inner_heads=4, default_num_iter=12, default_guidance_scale=4.0,
+    img_size=32,
+    vae_stride=8,
+    num_classes=10,
+    buffer_size=4,
+    encoder_width=96,
+    encoder_depth=3,
+    encoder_heads=4,
+    decoder_width=96,
+    decoder_depth=3,
+    decoder_heads=4,
+    inner_width=64,
+    inner_depth=1,
+    inner_heads=4,
+    default_num_iter=12,
+    default_guidance_scale=4.0,
     class_names=_DIGITS_NAMES,
-)  # fmt: skip
+)
 
 #: Named configurations. `base`, `large`, `huge` have the sizes of the published code (its later version; the
 #: first version's large and huge are shallower: `large-v1`, `huge-v1`, and its `base-v1` has 4 inner heads).

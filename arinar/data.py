@@ -176,10 +176,7 @@ def split_indices(labels: Any, held_out: int, seed: int) -> tuple[Any, Any]:
     # Largest remainders first, as long as images are asked for and a class has one to spare.
     while shares.sum() < held_out and (shares < counts - 1).any():
         shares[np.argmax(np.where(shares < counts - 1, exact - shares, -np.inf))] += 1
-    chosen = [
-        rng.permutation(np.flatnonzero(labels == value))[:share]
-        for value, share in zip(classes, shares, strict=True)
-    ]
+    chosen = [rng.permutation(np.flatnonzero(labels == value))[:share] for value, share in zip(classes, shares, strict=True)]
     aside = np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), aside), aside
 
@@ -236,7 +233,7 @@ class Augment:
                 torch.stack([mirror * sin * stretch_x, (shear * sin + cos) * stretch_y, shift_y], -1),
             ],
             1,
-        )                                                                                     # (N, 2, 3)
+        )  # (N, 2, 3)
         grid = F.affine_grid(affine, list(images.shape), align_corners=False)
         moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
         return moved.clamp(-1, 1)

@@ -22,7 +22,7 @@ def mixture_kl(p: tuple[Array, ...], q: tuple[Array, ...], nodes: int = 32) -> A
     weights = weights / weights.sum()
     p, q = _normalized(p), _normalized(q)
     weight, mu, logvar = p
-    x = mu[..., None] + np.exp(0.5 * logvar)[..., None] * points                              # (..., K, nodes)
+    x = mu[..., None] + np.exp(0.5 * logvar)[..., None] * points  # (..., K, nodes)
     ratio = _log_density(x, p) - _log_density(x, q)
     return np.asarray(np.maximum((weight[..., None] * weights * ratio).sum((-1, -2)), 0.0))
 
@@ -97,7 +97,7 @@ def mmd_test(
     signs = np.concatenate([np.full(len(a), 1 / len(a)), np.full(len(b), -1 / len(b))])
     rng = np.random.default_rng(seed)
     groups = np.zeros(len(pooled)) if strata is None else np.concatenate(strata).astype(np.float64)
-    order = np.argsort(groups[:, None] + rng.random((len(pooled), permutations)), 0)          # (N + M, permutations)
+    order = np.argsort(groups[:, None] + rng.random((len(pooled), permutations)), 0)  # (N + M, permutations)
     table = np.empty((len(pooled), 1 + permutations))
     table[:, 0] = signs
     np.put_along_axis(table[:, 1:], order, signs[np.argsort(groups, kind="stable")][:, None], 0)

@@ -68,14 +68,12 @@ class InnerBlock(nn.Module):
         out: Tensor = self.ada_lin(z).unflatten(-1, (6, -1))
         return out
 
-    def step(
-        self, x: Tensor, modulation: Tensor, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def step(self, x: Tensor, modulation: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (N, S, W), modulation (N, 6, W), cached keys and values -> output (N, S, W), grown cache.
 
         Without a cache the S positions attend causally; with one, S must be 1.
         """
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)     # each (N, 1, W)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)  # each (N, 1, W)
         q, k, v = self.attn.project(plain_norm(x, self.norm_eps) * (1 + scale1) + shift1)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -139,9 +137,7 @@ class InnerAR(nn.Module):
             x, _ = block.step(x, block.modulation(z), None)  # type: ignore[operator]
         return self.mixture(self.head_nm(x, self.head_nm.modulation(z)))
 
-    def step(
-        self, z: Tensor, feature: Tensor | None, position: int, cache: KVCache | None
-    ) -> tuple[Mixture, KVCache]:
+    def step(self, z: Tensor, feature: Tensor | None, position: int, cache: KVCache | None) -> tuple[Mixture, KVCache]:
         """One feature, as the published sampler computes it (conditioning included, each time).
 
         z (N, C), the previous feature (N, 1) (None at position 0), cache of the positions before
@@ -156,7 +152,7 @@ class InnerAR(nn.Module):
             raise ValueError(f"feature {position} needs the one before it and the cache of 0..{position - 1}")
         else:
             x, pasts = self.input_proj(feature)[:, None], cache
-        x = x + self.pos_embedding[:, position : position + 1]                                # (N, 1, W)
+        x = x + self.pos_embedding[:, position : position + 1]  # (N, 1, W)
         grown: KVCache = []
         for block, past in zip(self.blocks, pasts, strict=True):
             x, kv = block.step(x, block.modulation(z), past)  # type: ignore[operator]

@@ -106,9 +106,7 @@ def nearest_ratio(images: Any) -> float:
     """Median distance to the nearest training image, relative to that of the held-out real digits."""
     real = real_digits()
     train = _flat(real.train_images)
-    return float(
-        np.median(_nearest(_flat(_check(images)), train)) / np.median(_nearest(_flat(real.held_out_images), train))
-    )
+    return float(np.median(_nearest(_flat(_check(images)), train)) / np.median(_nearest(_flat(real.held_out_images), train)))
 
 
 def judge(images: Any, labels: Any) -> Judgement:
@@ -116,9 +114,7 @@ def judge(images: Any, labels: Any) -> Judgement:
 
     Raises ValueError for another shape, type or label, ImportError where scikit-learn is missing.
     """
-    return Judgement(
-        agreement(images, labels), diversity_ratio(images, labels), nearest_ratio(images), len(_check(images))
-    )
+    return Judgement(agreement(images, labels), diversity_ratio(images, labels), nearest_ratio(images), len(_check(images)))
 
 
 def _check(images: Any) -> Any:
@@ -135,8 +131,7 @@ def _check_labels(images: Any, labels: Any) -> Any:
     labels = np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels have shape {labels.shape} and type {labels.dtype}; expected one integer per image, "
-            f"({len(images)},)"
+            f"labels have shape {labels.shape} and type {labels.dtype}; expected one integer per image, ({len(images)},)"
         )
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}; digits run from 0 to 9")

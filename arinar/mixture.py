@@ -50,9 +50,7 @@ class PlainMixtureSample(nn.Module):
         super().__init__()
         _constant(self, "ranks", mesh_targets(num_gaussians))
 
-    def forward(
-        self, weight: Tensor, mu: Tensor, logvar: Tensor, uniforms: Tensor, temperature: Tensor
-    ) -> Tensor:
+    def forward(self, weight: Tensor, mu: Tensor, logvar: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
         """weight, mu, logvar (M, K), uniforms (M, NUM_UNIFORMS), temperature (1,) -> feature (M, 1)."""
         edges, _, mass = _plain_law(weight, mu, logvar, temperature, self.ranks)
         return _quantile(edges, mass, uniforms)
@@ -91,20 +89,20 @@ class MixtureSample(nn.Module):
         edges, middle, mass = _plain_law(weight, mu, logvar, temperature, self.ranks)
         both = torch.cat([weight, weight_uncond, mu, mu_uncond, logvar, logvar_uncond], 1)
         both = both.reshape(-1, 3, 2, self.num_gaussians, 1)
-        density = _log_density(middle[:, None], both)                                     # (M, 2, P)
-        log_w = (density[:, :1] - density[:, 1:]) * (guidance_scale - 1)                  # (M, 1, P)
+        density = _log_density(middle[:, None], both)  # (M, 2, P)
+        log_w = (density[:, :1] - density[:, 1:]) * (guidance_scale - 1)  # (M, 1, P)
 
-        log_t = self._search_nodes(log_w, mass)                                           # (M, NODES, 1)
-        tw = (log_t + log_w).clamp(LOG_TW_MIN, LOG_TW_MAX).exp()                          # (M, NODES, P)
+        log_t = self._search_nodes(log_w, mass)  # (M, NODES, 1)
+        tw = (log_t + log_w).clamp(LOG_TW_MIN, LOG_TW_MAX).exp()  # (M, NODES, P)
         half = torch.tanh(0.5 * tw)
-        hit = half / (half + 1)                                                           # (1 - exp(-tw)) / 2
-        reached = 2 * (hit * mass).sum(2, keepdim=True)                                   # (M, NODES, 1)
-        grid = F.pad(F.pad(reached, (0, 0, 1, 0)), (0, 0, 0, 1), value=1.0)               # (M, NODES + 2, 1)
+        hit = half / (half + 1)  # (1 - exp(-tw)) / 2
+        reached = 2 * (hit * mass).sum(2, keepdim=True)  # (M, NODES, 1)
+        grid = F.pad(F.pad(reached, (0, 0, 1, 0)), (0, 0, 0, 1), value=1.0)  # (M, NODES + 2, 1)
         miss = (self.num_candidates * (1 - grid).clamp(min=TINY).log()).exp()
         slope = (miss[:, :-1] - miss[:, 1:]) / (grid[:, 1:] - grid[:, :-1]).clamp(min=TINY)
         # Over steps too small for float32 the quotient is noise; the true slope is steepest at 0.
         slope = slope.clamp(0, self.num_candidates)
-        share = 2 * (slope[:, :-1] - slope[:, 1:])                                        # (M, NODES, 1)
+        share = 2 * (slope[:, :-1] - slope[:, 1:])  # (M, NODES, 1)
         return _quantile(edges, mass * ((share * hit).sum(1, keepdim=True) + slope[:, -1:]), uniforms)
 
     def _search_nodes(self, log_w: Tensor, mass: Tensor) -> Tensor:
@@ -113,12 +111,12 @@ class MixtureSample(nn.Module):
         def log_expect(values: Tensor) -> Tensor:
             return (values * mass).sum(2, keepdim=True).log()
 
-        top, bottom = log_w.amax(2, keepdim=True), log_w.amin(2, keepdim=True)            # (M, 1, 1)
+        top, bottom = log_w.amax(2, keepdim=True), log_w.amin(2, keepdim=True)  # (M, 1, 1)
         log_mean = top + log_expect((log_w - top).exp())
         soft_min = bottom - log_expect((SOFT_MIN * (bottom - log_w)).exp()) / SOFT_MIN
         first, last = self.low - log_mean, self.offset - soft_min
         growth = (1 + (last - first).clamp(min=1.0) / EVEN_RANGE).log()
-        log_t = last - EVEN_RANGE * ((self.spread * growth).exp() - 1)                    # (M, table, 1)
+        log_t = last - EVEN_RANGE * ((self.spread * growth).exp() - 1)  # (M, table, 1)
         entry = log_expect(torch.sigmoid((log_t + log_w).clamp(-LOGIT_MAX, LOGIT_MAX)))
         return _inverse(log_t, entry, self.targets).transpose(1, 2)
 
@@ -149,23 +147,19 @@ def draw_mixture(
 
 
 @lru_cache(maxsize=16)
-def _module(
-    guided: bool, num_gaussians: int, num_candidates: int, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
+def _module(guided: bool, num_gaussians: int, num_candidates: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     make = MixtureSample if guided else PlainMixtureSample
     return make(num_gaussians, num_candidates).to(device, dtype)
 
 
-def _plain_law(
-    weight: Tensor, mu: Tensor, logvar: Tensor, temperature: Tensor, ranks: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_law(weight: Tensor, mu: Tensor, logvar: Tensor, temperature: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mixture (M, K), mesh ranks (P + 1,) -> edges (M, 1, P + 1), middle and mass of the cells (M, 1, P)."""
     std = (0.5 * logvar).exp() * temperature
     edges = _mesh(mu, std, ranks)
     low, high = edges[..., :-1], edges[..., 1:]
     middle = 0.5 * (low + high)
-    per_std = 1 / std[..., None]                                                          # (M, K, 1)
-    z = (middle - mu[..., None]) * per_std                                                # (M, K, P)
+    per_std = 1 / std[..., None]  # (M, K, 1)
+    z = (middle - mu[..., None]) * per_std  # (M, K, P)
     square = z * z
     width = (high - low) * per_std
     pdf = (-0.5 * square).exp() * (weight * _PDF_AT_0)[..., None]
@@ -189,9 +183,9 @@ def _quantile(edges: Tensor, mass: Tensor, uniforms: Tensor) -> Tensor:
 def _mesh(mu: Tensor, std: Tensor, ranks: Tensor) -> Tensor:
     """Gaussians (M, K), ranks (P + 1,) -> sorted edges (M, 1, P + 1)."""
     reach = REACH * std
-    kinks = torch.cat([mu - reach, mu + reach], 1)                                        # (M, 2K)
+    kinks = torch.cat([mu - reach, mu + reach], 1)  # (M, 2K)
     kinks = torch.topk(kinks, kinks.shape[1], largest=False, sorted=True).values[..., None]
-    z = (kinks - mu[:, None]) / std[:, None]                                              # (M, 2K, K)
+    z = (kinks - mu[:, None]) / std[:, None]  # (M, 2K, K)
     return _inverse(kinks, z.clamp(-REACH, REACH).sum(2, keepdim=True), ranks)
 
 
@@ -199,7 +193,7 @@ def _inverse(x: Tensor, y: Tensor, wanted: Tensor) -> Tensor:
     """Piecewise linear inverse of increasing tables x, y (M, T, 1) at ``wanted`` (W,) -> (M, 1, W)."""
     start = y[:, :-1]
     rise = (y[:, 1:] - start).clamp(min=SMALL)
-    ramp = ((wanted - start) / rise).clamp(0, 1)                                          # (M, T - 1, W)
+    ramp = ((wanted - start) / rise).clamp(0, 1)  # (M, T - 1, W)
     return x[:, :1] + (ramp * (x[:, 1:] - x[:, :-1])).sum(1, keepdim=True)
 
 
@@ -208,9 +202,9 @@ def _log_density(x: Tensor, parameters: Tensor) -> Tensor:
 
     By log-sum-exp, its maximum subtracted here: not every backend does so in its own.
     """
-    weight, mu, logvar = parameters[:, 0], parameters[:, 1], parameters[:, 2]             # (M, 2, K, 1)
+    weight, mu, logvar = parameters[:, 0], parameters[:, 1], parameters[:, 2]  # (M, 2, K, 1)
     peak = weight.clamp(min=TINY).log() - 0.5 * logvar
-    scaled = (x - mu) * ((-0.5 * logvar).exp() * _SQRT_HALF)                              # (M, 2, K, P)
+    scaled = (x - mu) * ((-0.5 * logvar).exp() * _SQRT_HALF)  # (M, 2, K, P)
     terms = peak - scaled * scaled
     top = terms.amax(2, keepdim=True)
     return top[:, :, 0] + (terms - top).exp().sum(2).log()

@@ -72,11 +72,11 @@ class Arinar(nn.Module):
         Each label is replaced by the unconditional one with probability ``label_drop``. A masked model is trained on
         the unknown tokens of one random mask ratio per batch, a causal one on all tokens in one pass.
         """
-        tokens = patchify(normalize(latents, self.config), self.config.patch_size)            # (B, L, D)
+        tokens = patchify(normalize(latents, self.config), self.config.patch_size)  # (B, L, D)
         if label_drop > 0:
             drop = torch.rand(len(labels), generator=generator).to(labels.device) < label_drop
             labels = torch.where(drop, torch.full_like(labels, -1), labels)
-        mask = self.training_mask(len(tokens), generator).to(tokens)                          # (B, L)
+        mask = self.training_mask(len(tokens), generator).to(tokens)  # (B, L)
         z = self.condition(tokens, mask, labels)
         return self.nll(z.flatten(0, 1), tokens.flatten(0, 1), mask.flatten())
 
@@ -115,9 +115,7 @@ def initialize(model: Arinar, seed: int = 0) -> Arinar:
                 if module.bias is not None:
                     module.bias.zero_()
         for name, parameter in model.named_parameters():
-            if name.endswith(
-                ("fake_latent", "mask_token", "_learned", "start_token", "pos_embedding", "class_emb.weight")
-            ):
+            if name.endswith(("fake_latent", "mask_token", "_learned", "start_token", "pos_embedding", "class_emb.weight")):
                 parameter.normal_(0.0, 0.02, generator=generator)
     return model
 

@@ -127,10 +127,10 @@ class MaskedOuter(_Outer):
     def encode(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
         """tokens (B, L, D), visible positions (B, V), labels (B,) -> (B, buffer + V, C), buffer first."""
         buffer = self.config.buffer_size
-        x = self.z_proj(tokens)                                                               # (B, L, C)
-        x = torch.cat([self.class_vectors(labels)[:, None].expand(-1, buffer, -1), x], 1)     # (B, S, C)
+        x = self.z_proj(tokens)  # (B, L, C)
+        x = torch.cat([self.class_vectors(labels)[:, None].expand(-1, buffer, -1), x], 1)  # (B, S, C)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
-        x = torch.cat([x[:, :buffer], _take(x[:, buffer:], visible)], 1)                      # (B, buffer + V, C)
+        x = torch.cat([x[:, :buffer], _take(x[:, buffer:], visible)], 1)  # (B, buffer + V, C)
         for block in self.encoder_blocks:
             x = block(x)
         out: Tensor = self.encoder_norm(x)
@@ -142,7 +142,7 @@ class MaskedOuter(_Outer):
         x = self.decoder_embed(encoded)
         grid = self.mask_token.to(x.dtype).expand(x.shape[0], length, -1)
         grid = grid.scatter(1, visible[..., None].expand(-1, -1, x.shape[-1]), x[:, buffer:])
-        x = torch.cat([x[:, :buffer], grid], 1) + self.decoder_pos_embed_learned              # (B, S, C)
+        x = torch.cat([x[:, :buffer], grid], 1) + self.decoder_pos_embed_learned  # (B, S, C)
         for block in self.decoder_blocks:
             x = block(x)
         x = self.decoder_norm(x)
@@ -231,10 +231,10 @@ class CausalOuter(_Outer):
         order = self.order
         x = torch.cat(
             [self.embed_prefix(labels), self.embed_tokens(tokens[:, order[:-1]], order[:-1], order[1:])], 1
-        )                                                                                     # (B, buffer + L - 1, C)
+        )  # (B, buffer + L - 1, C)
         for block in self.decoder_blocks:
             x = block(x, causal=True)
-        z: Tensor = self.decoder_norm(x[:, self.config.buffer_size - 1 :])                   # (B, L, C), as generated
+        z: Tensor = self.decoder_norm(x[:, self.config.buffer_size - 1 :])  # (B, L, C), as generated
         z = z + self.diffusion_pos_embed_learned[:, order]
         return z[:, torch.argsort(order)]
 

@@ -93,8 +93,7 @@ def sample(
         raise ValueError(f"num_iter is {num_iter}; a causal model generates one token a step: {length}")
     if not (1 <= guidance_scale < math.inf and 0 < temperature < math.inf):  # NaN fails too
         raise ValueError(
-            f"guidance_scale is {guidance_scale}, temperature is {temperature}; "
-            f"expected at least 1 and above 0, both finite"
+            f"guidance_scale is {guidance_scale}, temperature is {temperature}; expected at least 1 and above 0, both finite"
         )
     plan = steps(length, num_iter, guidance_scale, cfg_schedule)
     generator = torch.Generator(device="cpu")
@@ -118,13 +117,13 @@ def sample(
     rows = torch.arange(batch, device=device)[:, None]
     cache: Any = None
     for step in plan:
-        positions = order[:, step.remaining : step.masked]                                    # (B, P)
+        positions = order[:, step.remaining : step.masked]  # (B, P)
         if causal:
             assert isinstance(model, CausalArinar)
             if step.index == 0:
                 z, cache = model.prefill(both_labels)
             else:
-                last = tokens[rows, order[:, step.masked : step.masked + 1]]                  # (B, 1, D)
+                last = tokens[rows, order[:, step.masked : step.masked + 1]]  # (B, 1, D)
                 z, cache = model.step(last.repeat(2 if guided else 1, 1, 1), step.index - 1, cache)
         else:
             mask = torch.zeros(batch, length, dtype=dtype, device=device)
@@ -132,8 +131,8 @@ def sample(
             copies = 2 if guided else 1
             z = model.condition(tokens.repeat(copies, 1, 1), mask.repeat(copies, 1), both_labels)
             picked = positions.repeat(copies, 1)
-            z = z[torch.arange(len(z), device=device)[:, None], picked]                       # (2B, P, C)
-        z = z.flatten(0, 1)                                                                   # (2BP, C)
+            z = z[torch.arange(len(z), device=device)[:, None], picked]  # (2B, P, C)
+        z = z.flatten(0, 1)  # (2BP, C)
         z_cond, z_uncond = z.chunk(2) if guided else (z, None)
         uniforms = None
         if noise is not None:
@@ -174,9 +173,13 @@ def _sample_rows(
             value = forced[:, position]
         elif uniforms is not None:
             value = draw_mixture(
-                cond, uncond, uniforms[:, position], guidance_scale=guidance_scale, temperature=temperature,
+                cond,
+                uncond,
+                uniforms[:, position],
+                guidance_scale=guidance_scale,
+                temperature=temperature,
                 num_candidates=NUM_CANDIDATES,
-            )  # fmt: skip
+            )
         elif uncond is None:
             value = draw_plain(cond, temperature, generator)
         else:
@@ -210,8 +213,8 @@ def draw_guided(
     1000 proposals from the tempered conditional mixture, one picked with probability proportional to
     (p_cond / p_uncond) ** (guidance_scale - 1), densities without the temperature.
     """
-    proposals = draw_plain(cond, temperature, generator, NUM_CANDIDATES)                      # (N, M)
+    proposals = draw_plain(cond, temperature, generator, NUM_CANDIDATES)  # (N, M)
     ratio = log_density(proposals, cond) - log_density(proposals, uncond)
-    probability = torch.softmax(ratio * (guidance_scale - 1), 0).T                            # (M, N)
+    probability = torch.softmax(ratio * (guidance_scale - 1), 0).T  # (M, N)
     pick = torch.multinomial(probability.float().cpu(), 1, generator=generator).to(proposals.device)
     return proposals.T.gather(1, pick)[:, 0]

@@ -168,9 +168,7 @@ def train_vae(
     Raises ValueError for unsuitable arguments or data, and where the state file belongs to another training.
     """
     vae_config = _preset(config, VAE_PRESETS, VaeConfig, "VAE config")
-    optimization = Optimization(
-        steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema
-    )  # fmt: skip
+    optimization = Optimization(steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema)
     dataset = _dataset(data, img_size, held_out, seed)
     target = _device(device)
     with _own_random_state():
@@ -193,10 +191,16 @@ def train_vae(
             return total / len(dataset.held_out)
 
         identity = {
-            "kind": "vae", "config": vae_config.to_dict(), "optimization": asdict(optimization),
-            "kl_weight": kl_weight, "edge_weight": edge_weight, "augment": augment and asdict(augment),
-            "seed": seed, "eval_every": eval_every, "data": dataset.fingerprint(),
-        }  # fmt: skip
+            "kind": "vae",
+            "config": vae_config.to_dict(),
+            "optimization": asdict(optimization),
+            "kl_weight": kl_weight,
+            "edge_weight": edge_weight,
+            "augment": augment and asdict(augment),
+            "seed": seed,
+            "eval_every": eval_every,
+            "data": dataset.fingerprint(),
+        }
         fit = _Fit(vae, optimization, loss, evaluate if len(dataset.held_out) else None, seed, identity, target)
         finished = fit.run(_state_path(out), eval_every, save_every, progress, on_eval)
         if finished:
@@ -207,9 +211,7 @@ def train_vae(
     return fit.result(Path(out), finished)
 
 
-def vae_loss(
-    vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float, edge_weight: float
-) -> Tensor:
+def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float, edge_weight: float) -> Tensor:
     """Loss of float images (B, 3, H, W) in [-1, 1], reconstructed from one draw of the posterior: a scalar."""
     mean, std = posterior(vae.encode(images))
     mean, std = mean.float(), std.float()
@@ -281,9 +283,7 @@ def train_arinar(
     for name, share in (("dropout", dropout), ("label_drop", label_drop), ("mask_ratio_min", mask_ratio_min)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}; expected 0 <= {name} < 1")
-    optimization = Optimization(
-        steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema
-    )  # fmt: skip
+    optimization = Optimization(steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema)
     dataset = _dataset(data, model_config.img_size, held_out, seed)
     target = _device(device)
     coder = _autoencoder(vae, model_config).to(target)
@@ -292,9 +292,11 @@ def train_arinar(
         aside = encode_copies(coder, dataset.held_out.images, None, 0, seed)[0]
         shift, scale = latent_statistics(moments)
         model_config = model_config.replace(
-            num_classes=len(dataset.class_names), class_names=dataset.class_names,
-            latent_shift=shift, latent_scale=scale,
-        )  # fmt: skip
+            num_classes=len(dataset.class_names),
+            class_names=dataset.class_names,
+            latent_shift=shift,
+            latent_scale=scale,
+        )
         torch.manual_seed(_seed(seed, "weights"))
         model = initialize(Arinar(model_config, dropout), _seed(seed, "weights")).to(target)
         labels = dataset.train.labels
@@ -308,9 +310,7 @@ def train_arinar(
             rows = _batch(len(labels), batch_size, step, seed)
             copies = torch.randint(len(moments), (len(rows),), generator=generator)
             tokens = tokens_of(moments[copies, rows], generator)
-            return training_loss(
-                model, tokens, labels[rows].to(target), generator, label_drop=label_drop, **ratios
-            )
+            return training_loss(model, tokens, labels[rows].to(target), generator, label_drop=label_drop, **ratios)
 
         def evaluate(averaged: nn.Module, generator: torch.Generator) -> float:
             assert isinstance(averaged, Arinar)
@@ -324,11 +324,18 @@ def train_arinar(
             return total / (EVAL_REPEATS * len(aside))
 
         identity = {
-            "kind": "arinar", "config": model_config.to_dict(), "optimization": asdict(optimization),
-            "dropout": dropout, "label_drop": label_drop, "ratios": ratios,
-            "augment": augment and asdict(augment), "augmented_copies": augmented_copies,
-            "seed": seed, "eval_every": eval_every, "data": dataset.fingerprint(),
-        }  # fmt: skip
+            "kind": "arinar",
+            "config": model_config.to_dict(),
+            "optimization": asdict(optimization),
+            "dropout": dropout,
+            "label_drop": label_drop,
+            "ratios": ratios,
+            "augment": augment and asdict(augment),
+            "augmented_copies": augmented_copies,
+            "seed": seed,
+            "eval_every": eval_every,
+            "data": dataset.fingerprint(),
+        }
         fit = _Fit(model, optimization, loss, evaluate if len(aside) else None, seed, identity, target)
         finished = fit.run(_state_path(out), eval_every, save_every, progress, on_eval)
         if finished:
@@ -356,11 +363,16 @@ def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **chan
         vae = _autoencoder(changes.get("vae"), model.config)
         found = judge_samples(model, vae, count=judged_samples)
         metadata = {
-            "data": DIGITS, "command": f"arinar train model --config {name}",
-            "seed": str(changes.get("seed", 0)), "steps": str(result.step), "best_step": str(result.best_step),
-            "agreement": f"{found.agreement:.4f}", "diversity": f"{found.diversity:.4f}",
-            "novelty": f"{found.novelty:.4f}", "judged_samples": str(found.images),
-        }  # fmt: skip
+            "data": DIGITS,
+            "command": f"arinar train model --config {name}",
+            "seed": str(changes.get("seed", 0)),
+            "steps": str(result.step),
+            "best_step": str(result.best_step),
+            "agreement": f"{found.agreement:.4f}",
+            "diversity": f"{found.diversity:.4f}",
+            "novelty": f"{found.novelty:.4f}",
+            "judged_samples": str(found.images),
+        }
         if result.held_out is not None:
             metadata["held_out_nll"] = f"{result.held_out:.4f}"
         save_arinar(out, model, metadata=metadata)
@@ -368,9 +380,15 @@ def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **chan
 
 
 def judge_samples(
-    model: Arinar, vae: AutoencoderKL, *, count: int = 1000, guidance_scale: float | None = None,
-    temperature: float = 1.0, num_iter: int | None = None, seed: int = 0,
-) -> Judgement:  # fmt: skip
+    model: Arinar,
+    vae: AutoencoderKL,
+    *,
+    count: int = 1000,
+    guidance_scale: float | None = None,
+    temperature: float = 1.0,
+    num_iter: int | None = None,
+    seed: int = 0,
+) -> Judgement:
     """Draw ``count`` digits, as many of each class, by the reference sampler and judge them.
 
     ``guidance_scale`` and ``num_iter`` None mean the config's defaults. Needs scikit-learn.
@@ -378,19 +396,30 @@ def judge_samples(
     labels = torch.arange(count) % 10
     images = [
         sample_images(
-            model, vae, part, guidance_scale=guidance_scale, temperature=temperature, num_iter=num_iter,
+            model,
+            vae,
+            part,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            num_iter=num_iter,
             seed=_seed(seed, "samples", index),
         )
         for index, part in enumerate(torch.split(labels, JUDGE_BATCH))
-    ]  # fmt: skip
+    ]
     return judge(torch.cat(images).numpy(), labels.numpy())
 
 
 @torch.no_grad()
 def sample_images(
-    model: Arinar, vae: AutoencoderKL, labels: Tensor, *, guidance_scale: float | None = None,
-    temperature: float = 1.0, num_iter: int | None = None, seed: int = 0,
-) -> Tensor:  # fmt: skip
+    model: Arinar,
+    vae: AutoencoderKL,
+    labels: Tensor,
+    *,
+    guidance_scale: float | None = None,
+    temperature: float = 1.0,
+    num_iter: int | None = None,
+    seed: int = 0,
+) -> Tensor:
     """Labels (B,) -> images (B, H, W, 3) uint8 on the CPU, by the reference sampler and the autoencoder."""
     config = model.config
     scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
@@ -419,8 +448,8 @@ def training_loss(
         labels = torch.where(drop, torch.full_like(labels, -1), labels)
     mask = draw_mask(model, len(tokens), generator, mask_ratio_min, mask_ratio_std).to(tokens)
     unknown = mask.flatten().bool()
-    z = model.condition(tokens, mask, labels).flatten(0, 1)[unknown]                          # (N, C)
-    features = tokens.flatten(0, 1)[unknown].float()                                          # (N, D)
+    z = model.condition(tokens, mask, labels).flatten(0, 1)[unknown]  # (N, C)
+    features = tokens.flatten(0, 1)[unknown].float()  # (N, D)
     # Under autocast the network may run in bfloat16; densities need single precision.
     mixture = Mixture(*(value.float() for value in model.mixture(z, features)))
     constant = 0.5 * math.log(2 * math.pi) * features.shape[-1]
@@ -428,9 +457,12 @@ def training_loss(
 
 
 def draw_mask(
-    model: Arinar, batch: int, generator: torch.Generator, ratio_min: float = MASK_RATIO_MIN,
+    model: Arinar,
+    batch: int,
+    generator: torch.Generator,
+    ratio_min: float = MASK_RATIO_MIN,
     ratio_std: float = MASK_RATIO_STD,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Training mask (batch, L), 1 = to be predicted; one share of unknown tokens per batch, at least one token."""
     if not isinstance(model, MaskedArinar):
         return model.training_mask(batch, generator)
@@ -503,8 +535,9 @@ class _Fit:
         others = [p for p in module.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=optimization.learning_rate, betas=optimization.betas,
-        )  # fmt: skip
+            lr=optimization.learning_rate,
+            betas=optimization.betas,
+        )
         self.step = 0
         self.best_step = 0
         self.best = math.inf
@@ -513,9 +546,7 @@ class _Fit:
         # Sum and number of training losses since the last evaluation.
         self.recent = [0.0, 0]
 
-    def run(
-        self, state: Path, eval_every: int, save_every: int, progress: bool, on_eval: OnEval | None
-    ) -> bool:
+    def run(self, state: Path, eval_every: int, save_every: int, progress: bool, on_eval: OnEval | None) -> bool:
         """Train to the last step -> True, or until a signal asks to stop -> False, with the state saved."""
         if eval_every < 1 or save_every < 1:
             raise ValueError(f"eval_every is {eval_every}, save_every is {save_every}; expected at least 1 of each")
@@ -591,11 +622,18 @@ class _Fit:
     def save(self, path: Path) -> None:
         """Write the state under a temporary name, then rename: an interruption leaves the previous file whole."""
         state = {
-            "version": STATE_VERSION, "identity": self.identity, "step": self.step,
-            "module": self.module.state_dict(), "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "best": self.best, "best_step": self.best_step,
-            "best_weights": self.best_weights, "history": self.history, "recent": self.recent,
-        }  # fmt: skip
+            "version": STATE_VERSION,
+            "identity": self.identity,
+            "step": self.step,
+            "module": self.module.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_step": self.best_step,
+            "best_weights": self.best_weights,
+            "history": self.history,
+            "recent": self.recent,
+        }
         with replacing(path) as temporary:
             torch.save(state, temporary)
 

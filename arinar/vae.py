@@ -43,7 +43,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))   # (B, H*W, C)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, H*W, C)
         scores = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, -1)
         return x + self.proj_out((scores @ v).transpose(1, 2).reshape(x.shape))
 
@@ -85,9 +85,7 @@ class Level(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, config: VaeConfig) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(inputs if i == 0 else outputs, outputs, config) for i in range(blocks)
-        )
+        self.block = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, config) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(outputs, config) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -57,9 +57,15 @@ def flatness(outer: list[float]) -> float:
 @click.option("--precision")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    causal: str, masked: str | None, batch: int, num_iter: int, guidance_scale: float, repeat: int, precision: str | None,
+    causal: str,
+    masked: str | None,
+    batch: int,
+    num_iter: int,
+    guidance_scale: float,
+    repeat: int,
+    precision: str | None,
     json_path: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Time per token of a causal bundle, and against a masked one."""
     one = Pipeline.load(causal, precision=precision)
     two = Pipeline.load(masked, precision=precision) if masked else None
@@ -78,11 +84,17 @@ def main(
     inner = [statistics.median(run[i]["inner"] for run in runs) for i in range(length)]
     total = statistics.median(sum(sum(step.values()) for step in run) for run in runs)
     report: dict[str, Any] = {
-        "machine": machine(), "gemm_peak_gflops": gemm_peak() / 1e9, "batch": batch, "guidance_scale": guidance_scale,
-        "precision": one.precision, "causal_s_per_image": total / batch, "outer_ms_per_token": [1e3 * t for t in outer],
-        "inner_ms_per_token": [1e3 * t for t in inner], "flatness_last_over_first_quarter": flatness(outer),
+        "machine": machine(),
+        "gemm_peak_gflops": gemm_peak() / 1e9,
+        "batch": batch,
+        "guidance_scale": guidance_scale,
+        "precision": one.precision,
+        "causal_s_per_image": total / batch,
+        "outer_ms_per_token": [1e3 * t for t in outer],
+        "inner_ms_per_token": [1e3 * t for t in inner],
+        "flatness_last_over_first_quarter": flatness(outer),
         "peak_memory_gb": peak_memory(),
-    }  # fmt: skip
+    }
     click.echo(
         f"causal: {total / batch:.3g} s per image without VAE; outer {1e3 * statistics.median(outer):.3g} ms, inner "
         f"{1e3 * statistics.median(inner):.3g} ms per token; last quarter / first quarter {flatness(outer):.3f}"

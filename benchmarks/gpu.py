@@ -38,9 +38,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 PACKAGES = (
-    "arinar", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-lean", "tensorrt-rtx",
-    "cuda-bindings", "numpy",
-)  # fmt: skip
+    "arinar",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-lean",
+    "tensorrt-rtx",
+    "cuda-bindings",
+    "numpy",
+)
 ROUNDS = 5
 
 
@@ -101,10 +110,23 @@ def models(name: str) -> tuple[Any, Any]:
     if name.startswith("tiny"):
         causal = name == "tiny-causal"
         config = ArinarConfig(
-            outer="causal" if causal else "masked", img_size=32, vae_stride=8, vae_embed_dim=4, num_classes=10,
-            buffer_size=3, encoder_width=32, encoder_depth=0 if causal else 1, encoder_heads=2, decoder_width=32,
-            decoder_depth=1, decoder_heads=2, inner_width=32, inner_heads=2, num_gaussians=2, default_num_iter=4,
-        )  # fmt: skip
+            outer="causal" if causal else "masked",
+            img_size=32,
+            vae_stride=8,
+            vae_embed_dim=4,
+            num_classes=10,
+            buffer_size=3,
+            encoder_width=32,
+            encoder_depth=0 if causal else 1,
+            encoder_heads=2,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=2,
+            inner_width=32,
+            inner_heads=2,
+            num_gaussians=2,
+            default_num_iter=4,
+        )
         vae = AutoencoderKL(VaeConfig(4, 8, (1, 1, 1, 1), 1, encoder_attention_levels=(), norm_groups=4))
     else:
         config, vae = PRESETS[name], AutoencoderKL(VAE_PRESETS["kl16"])
@@ -185,17 +207,22 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     found: dict[str, Any] = {
-        "python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count(), "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
     try:
         from arinar.runtime.cuda import device_info, load_runtime
 
         info = device_info(load_runtime())
         found["gpu"] = {
-            "name": info.name, "compute_capability": info.compute_capability, "memory_gib": round(info.memory / 2**30, 1),
+            "name": info.name,
+            "compute_capability": info.compute_capability,
+            "memory_gib": round(info.memory / 2**30, 1),
             "cuda_of_driver": info.driver,
-        }  # fmt: skip
+        }
     except Exception as error:
         found["gpu"], found["no_gpu"] = None, str(error)
     with contextlib.suppress(Exception):
@@ -226,16 +253,30 @@ def build_engines(report: Report, bundle: Path, precision: str, batch: int, time
     if name is None or report.data["machine"]["gpu"] is None:
         return
     command = [
-        sys.executable, "-m", "arinar", "build", str(bundle), "--backend", name.replace("_", "-"),
-        "--precision", precision, "--batch", f"1:8:{batch}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "arinar",
+        "build",
+        str(bundle),
+        "--backend",
+        name.replace("_", "-"),
+        "--precision",
+        precision,
+        "--batch",
+        f"1:8:{batch}",
+    ]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     seconds = round(time.monotonic() - started, 1)
-    report.data.setdefault("engines", []).append({
-        "bundle": bundle.name, "library": name, "code": done.returncode, "seconds": seconds,
-        "output": (done.stdout + done.stderr)[-4000:],
-    })  # fmt: skip
+    report.data.setdefault("engines", []).append(
+        {
+            "bundle": bundle.name,
+            "library": name,
+            "code": done.returncode,
+            "seconds": seconds,
+            "output": (done.stdout + done.stderr)[-4000:],
+        }
+    )
 
 
 def open_pipeline(bundle: Path, backend: str, precision: str) -> Any:
@@ -301,9 +342,7 @@ def experiment(bundle: Path, precision: str) -> dict[str, Any]:
         result["warnings"] = file.read().decode(errors="replace").splitlines()[-60:]
     want = [pipeline.generate([1, 0], seed=seed).tokens for seed in range(4)]
     result["repeatable"] = bool(np.array_equal(want[0], pipeline.generate([1, 0], seed=0).tokens))
-    waiting = Pipeline.load(
-        bundle, backend="onnxruntime-cuda", precision=precision, verify=False, wait=True, cuda_graphs=False
-    )
+    waiting = Pipeline.load(bundle, backend="onnxruntime-cuda", precision=precision, verify=False, wait=True, cuda_graphs=False)
     result["same_when_waiting"] = bool(np.array_equal(want[0], waiting.generate([1, 0], seed=0).tokens))
     print(json.dumps(result), flush=True)  # kept where the capture kills the process
     import warnings
@@ -342,9 +381,7 @@ class Reference:
         torch, config = self.torch, self.model.config
         autocast = torch.autocast("cuda", torch.float16) if self.device == "cuda" else contextlib.nullcontext()
         with torch.no_grad(), autocast, device_draws(self.device):
-            tokens = sample(
-                self.model, torch.tensor(list(labels)), guidance_scale=guidance_scale, num_iter=num_iter, seed=seed
-            )
+            tokens = sample(self.model, torch.tensor(list(labels)), guidance_scale=guidance_scale, num_iter=num_iter, seed=seed)
             latents = denormalize(unpatchify(tokens.float(), config.patch_size), config)
             return np.concatenate([to_uint8(self.vae.decode(part).float()).cpu().numpy() for part in latents.split(4)])
 
@@ -396,9 +433,16 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def race(
-    report: Report, name: str, pipelines: dict[str, Any], reference: Reference | None, batch: int, num_iter: int,
-    scale: float, until: float, held: dict[str, int],
-) -> None:  # fmt: skip
+    report: Report,
+    name: str,
+    pipelines: dict[str, Any],
+    reference: Reference | None,
+    batch: int,
+    num_iter: int,
+    scale: float,
+    until: float,
+    held: dict[str, int],
+) -> None:
     """Median seconds of one batch size, the contenders taking turns. ``held``: bytes of device memory of each so far."""
     import torch
 
@@ -451,9 +495,11 @@ def race(
     for contender, values in times.items():
         if values:
             rows[contender] |= {
-                "ms_per_image": round(1000 * statistics.median(values) / batch, 3), "rounds": len(values),
-                "fastest_ms": round(1000 * min(values) / batch, 3), "slowest_ms": round(1000 * max(values) / batch, 3),
-            }  # fmt: skip
+                "ms_per_image": round(1000 * statistics.median(values) / batch, 3),
+                "rounds": len(values),
+                "fastest_ms": round(1000 * min(values) / batch, 3),
+                "slowest_ms": round(1000 * max(values) / batch, 3),
+            }
     base = rows.get("pytorch", {}).get("ms_per_image")
     for row in rows.values():
         if base and "ms_per_image" in row:
@@ -467,9 +513,16 @@ def race(
 
 
 def time_model(
-    report: Report, name: str, bundle: Path, precision: str, backends: Sequence[str], batches: Sequence[int], num_iter: int,
-    scale: float, until: float,
-) -> None:  # fmt: skip
+    report: Report,
+    name: str,
+    bundle: Path,
+    precision: str,
+    backends: Sequence[str],
+    batches: Sequence[int],
+    num_iter: int,
+    scale: float,
+    until: float,
+) -> None:
     """All batch sizes of one model, small ones first; a size is skipped where the last one says that it will not fit."""
     pipelines: dict[str, Any] = {}
     for backend in backends:
@@ -504,12 +557,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     head = ("model", "batch", "contender", "ms per image", "fastest", "slowest", "ratio", "memory GiB", "rounds")
     lines = [head]
     for row in rows:
-        lines.append((
-            row["model"], str(row["batch"]), row["contender"],
-            f"{row['ms_per_image']:.2f}" if "ms_per_image" in row else row.get("error", "-")[:40],
-            str(row.get("fastest_ms", "")), str(row.get("slowest_ms", "")), str(row.get("ratio", "")),
-            str(row.get("peak_gib", row.get("memory_gib", ""))), str(row.get("rounds", "")),
-        ))  # fmt: skip
+        lines.append(
+            (
+                row["model"],
+                str(row["batch"]),
+                row["contender"],
+                f"{row['ms_per_image']:.2f}" if "ms_per_image" in row else row.get("error", "-")[:40],
+                str(row.get("fastest_ms", "")),
+                str(row.get("slowest_ms", "")),
+                str(row.get("ratio", "")),
+                str(row.get("peak_gib", row.get("memory_gib", ""))),
+                str(row.get("rounds", "")),
+            )
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -530,10 +590,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 @click.option("--export", "export_args", nargs=3, hidden=True, help="Of a child process: NAME PRECISION FOLDER.")
 @click.option("--experiment", "experiment_args", nargs=2, hidden=True, help="Of a child process: BUNDLE PRECISION.")
 def main(
-    json_path: Path | None, budget: float, smoke: bool, precision: str, batches: tuple[int, ...], num_iter: int,
-    guidance_scale: float, given: tuple[str, ...], time_cpu: bool, export_args: tuple[str, str, str] | None,
+    json_path: Path | None,
+    budget: float,
+    smoke: bool,
+    precision: str,
+    batches: tuple[int, ...],
+    num_iter: int,
+    guidance_scale: float,
+    given: tuple[str, ...],
+    time_cpu: bool,
+    export_args: tuple[str, str, str] | None,
     experiment_args: tuple[str, str] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Check and time the runtime on this machine's GPU."""
     if export_args:
         export(export_args[0], export_args[1], Path(export_args[2]))
@@ -576,9 +644,18 @@ def main(
 
 
 def run(
-    report: Report, exports: Exports, demo: Sequence[str], full: Sequence[str], precision: str, sizes: Sequence[int],
-    num_iter: int, scale: float, gpu: bool, time_cpu: bool, smoke: bool,
-) -> None:  # fmt: skip
+    report: Report,
+    exports: Exports,
+    demo: Sequence[str],
+    full: Sequence[str],
+    precision: str,
+    sizes: Sequence[int],
+    num_iter: int,
+    scale: float,
+    gpu: bool,
+    time_cpu: bool,
+    smoke: bool,
+) -> None:
     opened: dict[tuple[str, str], list[str]] = {}
     for name in demo:
         for kind in ("fp32",) if smoke else ("fp32", "fp16"):
@@ -599,8 +676,10 @@ def run(
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             report.data["onnxruntime_experiment"] = {
-                "code": done.returncode, "result": json.loads(lines[-1]) if lines else None, "stderr": done.stderr[-2000:],
-            }  # fmt: skip
+                "code": done.returncode,
+                "result": json.loads(lines[-1]) if lines else None,
+                "stderr": done.stderr[-2000:],
+            }
     for name in full:  # before anything is timed: exports keep the processor busy
         with report.section(f"export of {name}"):
             exports.bundle(name, precision)

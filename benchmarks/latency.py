@@ -55,9 +55,15 @@ def make_base(folder: Path) -> None:
 
 
 def compare(
-    pipelines: dict[str, Pipeline], model: Arinar, vae: AutoencoderKL, *, batch: int, num_iter: int, guidance_scale: float,
+    pipelines: dict[str, Pipeline],
+    model: Arinar,
+    vae: AutoencoderKL,
+    *,
+    batch: int,
+    num_iter: int,
+    guidance_scale: float,
     seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One batch through the reference and every pipeline -> per pipeline seconds by phase, and the ratio to the reference.
 
     The answer has ``reference`` (seconds by phase) and, per pipeline, ``seconds`` by phase and the steps' ``ratios``.
@@ -94,9 +100,14 @@ def compare(
 
     last = time.perf_counter()
     tokens = sample(
-        model, torch.from_numpy(labels), guidance_scale=guidance_scale, num_iter=num_iter, seed=seed, record=follow,
+        model,
+        torch.from_numpy(labels),
+        guidance_scale=guidance_scale,
+        num_iter=num_iter,
+        seed=seed,
+        record=follow,
         order=torch.from_numpy(noise.order),
-    )  # fmt: skip
+    )
     decode: dict[str, list[float]] = {name: [] for name in ("reference", *pipelines)}
     for _ in range(DECODE_REPEATS):
         start = time.perf_counter()
@@ -128,10 +139,13 @@ def summary(
     run = sorted(runs, key=ratio)[len(runs) // 2]
     seconds = {phase: value / batch for phase, value in run[name]["seconds"].items()}
     return {
-        "batch": batch, "num_iter": num_iter, "precision": name,
+        "batch": batch,
+        "num_iter": num_iter,
+        "precision": name,
         "reference_s_per_image": sum(run["reference"].values()) / batch,
         "runtime_s_per_image": sum(seconds.values()),
-        "ratio": ratio(run), "ratios_of_runs": [ratio(r) for r in runs],
+        "ratio": ratio(run),
+        "ratios_of_runs": [ratio(r) for r in runs],
         "step_ratio_quartiles": np.quantile(run[name]["ratios"], [0.25, 0.5, 0.75]).tolist(),
         "runtime_phases_s_per_image": seconds,
         "reference_phases_s_per_image": {phase: value / batch for phase, value in run["reference"].items()},
@@ -139,7 +153,7 @@ def summary(
         "floor_s_per_image": operations / peak,
         "share_of_gemm_peak": operations / peak / sum(seconds.values()),
         "largest_possible_ratio": sum(run["reference"].values()) / batch / (operations / peak),
-    }  # fmt: skip
+    }
 
 
 @click.command()
@@ -156,9 +170,19 @@ def summary(
 @click.option("--threads", type=click.IntRange(min=1), help="Of all sides. [default: all cores]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    bundle: Path, checkpoint: str | None, vae: str | None, base: bool, make: bool, precisions: tuple[str, ...],
-    batches: tuple[int, ...], num_iter: int, guidance_scale: float, repeat: int, threads: int | None, json_path: Path | None,
-) -> None:  # fmt: skip
+    bundle: Path,
+    checkpoint: str | None,
+    vae: str | None,
+    base: bool,
+    make: bool,
+    precisions: tuple[str, ...],
+    batches: tuple[int, ...],
+    num_iter: int,
+    guidance_scale: float,
+    repeat: int,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
     """Compare the runtime with the PyTorch reference on this machine."""
     if make:
         make_base(bundle)
@@ -184,15 +208,11 @@ def main(
     for batch in batches:
         settings: dict[str, Any] = {"batch": batch, "guidance_scale": guidance_scale}
         compare(pipelines, model, autoencoder, num_iter=2, **settings)  # warms up all sides
-        runs = [
-            compare(pipelines, model, autoencoder, num_iter=num_iter, seed=run, **settings) for run in range(repeat)
-        ]
+        runs = [compare(pipelines, model, autoencoder, num_iter=num_iter, seed=run, **settings) for run in range(repeat)]
         # Whatever else the machine did while a peak was measured only lowered it.
         peaks = {kind: max(known, onnxruntime_peak(kind, threads)) for kind, known in peaks.items()}
         for name in pipelines:
-            row = summary(
-                runs, name, batch=batch, num_iter=num_iter, operations=cost.total, peak=peaks["float32"]
-            )
+            row = summary(runs, name, batch=batch, num_iter=num_iter, operations=cost.total, peak=peaks["float32"])
             results.append(row)
             low, middle, high = row["step_ratio_quartiles"]
             phases = ", ".join(f"{phase} {value:.2f} s" for phase, value in row["runtime_phases_s_per_image"].items())
@@ -203,9 +223,12 @@ def main(
                 f"{row['largest_possible_ratio']:.2f}"
             )
         report = {
-            "machine": machine() | {"threads": threads}, "peaks_gops": {k: v / 1e9 for k, v in peaks.items()},
-            "guidance_scale": guidance_scale, "backend": "onnxruntime-cpu", "results": results,
-        }  # fmt: skip
+            "machine": machine() | {"threads": threads},
+            "peaks_gops": {k: v / 1e9 for k, v in peaks.items()},
+            "guidance_scale": guidance_scale,
+            "backend": "onnxruntime-cpu",
+            "results": results,
+        }
         if json_path is not None:
             write_text(json_path, json.dumps(report, indent=2) + "\n")
 

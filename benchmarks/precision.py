@@ -54,9 +54,14 @@ def load(name: str) -> tuple[Arinar, AutoencoderKL, str]:
 
 
 def measure(
-    folder: Path, variant: str, model: Arinar, vae: AutoencoderKL, options: argparse.Namespace,
-    references: References | None, report: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    variant: str,
+    model: Arinar,
+    vae: AutoencoderKL,
+    options: argparse.Namespace,
+    references: References | None,
+    report: Path | None,
+) -> dict[str, Any]:
     """One row of the table."""
     pipeline = Pipeline.load(folder, precision=variant, threads=options.threads)
     labels = [i % model.config.num_classes for i in range(options.images)]
@@ -69,11 +74,15 @@ def measure(
         write_report(found, report)
     checks = {(check.level, check.name): check.value for check in found.checks}
     row: dict[str, Any] = {
-        "variant": variant, "bytes": variant_bytes(pipeline.bundle, variant), "seconds": time.perf_counter() - began,
-        "z_error": checks["teacher-forced", "z"], "kl_mean": checks["teacher-forced", "mean kl"],
-        "kl_max": checks["teacher-forced", "kl"], "same_component": checks["teacher-forced", "same component"],
+        "variant": variant,
+        "bytes": variant_bytes(pipeline.bundle, variant),
+        "seconds": time.perf_counter() - began,
+        "z_error": checks["teacher-forced", "z"],
+        "kl_mean": checks["teacher-forced", "mean kl"],
+        "kl_max": checks["teacher-forced", "kl"],
+        "same_component": checks["teacher-forced", "same component"],
         "psnr": checks["free-running", "median PSNR, dB"],
-    }  # fmt: skip
+    }
     return row | ({} if references is None else asdict(distribution))
 
 
@@ -143,19 +152,28 @@ def main() -> None:
         folder, calib = Path(scratch) / "bundle", Path(scratch) / "calib.json"
         export_bundle(model, vae, folder, progress=say)
         chosen = calibrate(
-            folder, calib, num_images=options.calibration_images, budget_kl=options.budget_kl, threads=options.threads,
-            num_iter=options.num_iter, batch_size=min(8, options.calibration_images), progress=say,
+            folder,
+            calib,
+            num_images=options.calibration_images,
+            budget_kl=options.budget_kl,
+            threads=options.threads,
+            num_iter=options.num_iter,
+            batch_size=min(8, options.calibration_images),
+            progress=say,
             precisions=() if options.no_search else tuple(SCHEMES),
-        )  # fmt: skip
+        )
         made = add_variants(folder, model, vae, calib, Recording.load(calib.with_suffix(".npz")), say)
         references = None
         if options.samples:
             defaults = Bundle.open(folder).manifest.defaults
             num_iter = options.num_iter or (model.config.seq_len if model.config.outer == "causal" else defaults.num_iter)
             settings = {
-                "guidance_scale": defaults.guidance_scale, "cfg_schedule": defaults.cfg_schedule, "temperature": 1.0,
-                "num_iter": num_iter, "seed": 0,
-            }  # fmt: skip
+                "guidance_scale": defaults.guidance_scale,
+                "cfg_schedule": defaults.cfg_schedule,
+                "temperature": 1.0,
+                "num_iter": num_iter,
+                "seed": 0,
+            }
             references = make_references(model, vae, options.samples, settings, say)
         rows = []
         for variant, what in made.items():
@@ -166,14 +184,17 @@ def main() -> None:
             rows.append({"what": what} | measure(folder, variant, model, vae, options, references, report))
             say(f"{variant}: KL {rows[-1]['kl_mean']:.2e}, agreement {rows[-1].get('agreement')}")
         result = {
-            "model": options.model, "weights": weights, "machine": f"{platform.machine()}, ONNX Runtime on the CPU",
-            "options": {k: v for k, v in vars(options).items() if k not in ("out", "reports")}, "rows": rows,
+            "model": options.model,
+            "weights": weights,
+            "machine": f"{platform.machine()}, ONNX Runtime on the CPU",
+            "options": {k: v for k, v in vars(options).items() if k not in ("out", "reports")},
+            "rows": rows,
             "maps": {
                 scheme: {key: found[key] for key in ("method", "budget_kl", "kl", "fp32", "bytes", "bytes_fp32", "ranking")}
                 for scheme, found in chosen["maps"].items()
             },
             "largest_activation": chosen["activations"]["largest"],
-        }  # fmt: skip
+        }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"precision-{options.model}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
@@ -185,37 +206,51 @@ def markdown(result: dict[str, Any]) -> str:
     options = result["options"]
     sampled = "agreement" in result["rows"][0]
     lines = [
-        f"# Precision: {result['model']}, {result['weights']}", "",
+        f"# Precision: {result['model']}, {result['weights']}",
+        "",
         f"{result['machine']}. Errors over {options['images']} trajectories with PyTorch's tokens forced; ranges from "
-        f"{options['calibration_images']} calibration images; maps within KL {options['budget_kl']:g} per feature.", "",
-    ]  # fmt: skip
+        f"{options['calibration_images']} calibration images; maps within KL {options['budget_kl']:g} per feature.",
+        "",
+    ]
     head = ["variant", "what", "weights, MB", "z error", "mixture KL, mean", "KL, largest", "same component"]
     if sampled:
         head += ["agreement, %", "Frechet distance", "/ yardstick", "MMD p"]
         first = result["rows"][0]
         lines += [
             f"{first['samples']} images of each variant; the classifier agrees with {first['reference_agreement']:.1%} of "
-            f"PyTorch's; two PyTorch runs are {first['yardstick']:.3g} apart (the yardstick).", "",
-        ]  # fmt: skip
+            f"PyTorch's; two PyTorch runs are {first['yardstick']:.3g} apart (the yardstick).",
+            "",
+        ]
     lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for row in result["rows"]:
         cells = [
-            row["variant"], row["what"], f"{row['bytes'] / 1e6:.2f}", f"{row['z_error']:.2g}", f"{row['kl_mean']:.2g}",
-            f"{row['kl_max']:.2g}", f"{row['same_component']:.4f}",
-        ]  # fmt: skip
+            row["variant"],
+            row["what"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['z_error']:.2g}",
+            f"{row['kl_mean']:.2g}",
+            f"{row['kl_max']:.2g}",
+            f"{row['same_component']:.4f}",
+        ]
         if sampled:
             cells += [
-                f"{100 * row['agreement']:.1f}", f"{row['frechet']:.3g}", f"{row['frechet'] / row['yardstick']:.2f}",
+                f"{100 * row['agreement']:.1f}",
+                f"{row['frechet']:.3g}",
+                f"{row['frechet'] / row['yardstick']:.2f}",
                 f"{row['mmd_p']:.2f}",
-            ]  # fmt: skip
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     for scheme, found in result["maps"].items():
         lines += [
-            "", f"## {scheme}: what the search chose", "",
+            "",
+            f"## {scheme}: what the search chose",
+            "",
             f"Ranges by {found['method']}; joint KL {found['kl']:.2g}; layers' weights {found['bytes'] / 1e6:.2f} MB "
-            f"instead of {found['bytes_fp32'] / 1e6:.2f} MB; in float32: {', '.join(found['fp32'])}.", "",
-            "| layer, alone in this precision | KL | z error |", "| --- | --- | --- |",
-        ]  # fmt: skip
+            f"instead of {found['bytes_fp32'] / 1e6:.2f} MB; in float32: {', '.join(found['fp32'])}.",
+            "",
+            "| layer, alone in this precision | KL | z error |",
+            "| --- | --- | --- |",
+        ]
         lines += [f"| {row['layer']} | {row['kl']:.2g} | {row['z_error']:.2g} |" for row in found["ranking"][:12]]
     return "\n".join(lines) + "\n"
 

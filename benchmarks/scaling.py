@@ -142,10 +142,13 @@ def concurrency(setup: Setup, repeats: int, workers: int, images: int) -> dict[s
         )
     one, threaded, forked = found.values()
     return {
-        "workers": workers, "threads_of_each": threads, "cores": cores, "images": workers * images,
+        "workers": workers,
+        "threads_of_each": threads,
+        "cores": cores,
+        "images": workers * images,
         "seconds": {"one": one, "threads": threaded, "processes": forked},
         "throughput_ratio": {"threads": one / threaded, "processes": one / forked},
-    }  # fmt: skip
+    }
 
 
 # A pipeline in a process of its own: told a seed, it makes its images and answers.
@@ -172,9 +175,15 @@ def worker_processes(setup: Setup, count: int, threads: int, images: int) -> Ite
     processes: list[subprocess.Popen[str]] = []
     try:
         for _ in range(count):
-            processes.append(subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fresh_environment(),
-            ))  # fmt: skip
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=fresh_environment(),
+                )
+            )
         for process in processes:
             hear(process)
         yield processes
@@ -210,10 +219,14 @@ def memory(setup: Setup, calls: int, warm_up: int = 5) -> dict[str, Any]:
         if call % 50 == 0:
             say(f"  call {call}: {resident[-1]:.1f} MB")
     return {
-        "calls": calls, "first_mb": resident[0], "last_mb": resident[-1], "max_mb": max(resident),
-        "slope_kb_per_call": 1e3 * slope(resident), "slope_of_last_half": 1e3 * slope(resident[calls // 2 :]),
+        "calls": calls,
+        "first_mb": resident[0],
+        "last_mb": resident[-1],
+        "max_mb": max(resident),
+        "slope_kb_per_call": 1e3 * slope(resident),
+        "slope_of_last_half": 1e3 * slope(resident[calls // 2 :]),
         "resident_mb": [round(size, 2) for size in resident[:: max(1, calls // 20)]],
-    }  # fmt: skip
+    }
 
 
 def slope(values: Sequence[float]) -> float:
@@ -304,9 +317,18 @@ def table(report: dict[str, Any]) -> str:
 @click.option("--calls", type=click.IntRange(min=1), default=200, show_default=True, help="Calls over which memory is watched.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    bundle: Path, precision: str | None, measures: tuple[str, ...], num_iter: int | None, guidance_scale: float | None,
-    sizes: tuple[int, ...], repeats: int, workers: int, images: int, calls: int, json_path: Path | None,
-) -> None:  # fmt: skip
+    bundle: Path,
+    precision: str | None,
+    measures: tuple[str, ...],
+    num_iter: int | None,
+    guidance_scale: float | None,
+    sizes: tuple[int, ...],
+    repeats: int,
+    workers: int,
+    images: int,
+    calls: int,
+    json_path: Path | None,
+) -> None:
     """How a bundle's time and memory grow on this machine's CPU."""
     measures = measures or MEASURES
     if "memory" in measures and not STATM.exists():
@@ -323,9 +345,14 @@ def main(
         "concurrency": lambda: concurrency(setup, repeats, workers, images),
     }
     report: dict[str, Any] = {
-        "machine": machine(), "bundle": setup.pipeline.bundle.folder.name, "backend": BACKEND, "precision": setup.precision,
-        "guidance_scale": setup.guidance_scale, "num_iter": setup.num_iter, "repeats": repeats,
-    }  # fmt: skip
+        "machine": machine(),
+        "bundle": setup.pipeline.bundle.folder.name,
+        "backend": BACKEND,
+        "precision": setup.precision,
+        "guidance_scale": setup.guidance_scale,
+        "num_iter": setup.num_iter,
+        "repeats": repeats,
+    }
     for name in MEASURES:
         if name in measures:
             say(name)

@@ -95,10 +95,14 @@ class Recording:
             for index, feed in enumerate(feeds):
                 arrays |= {f"launch|{graph}|{index}|{key}": value for key, value in feed.items()}
         head = {
-            "version": RECORDING_VERSION, "settings": self.settings, "done": self.done, "tensors": self.tensors,
-            "seen_steps": self.seen_steps, "seen_launches": self.seen_launches,
+            "version": RECORDING_VERSION,
+            "settings": self.settings,
+            "done": self.done,
+            "tensors": self.tensors,
+            "seen_steps": self.seen_steps,
+            "seen_launches": self.seen_launches,
             "samples": [[sample.graph, sample.step] for sample in self.samples],
-        }  # fmt: skip
+        }
         arrays["head"] = np.array(json.dumps(head))
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -365,9 +369,7 @@ def check_arguments(
     Raises CalibrationError for too few images, ValueError for the other arguments.
     """
     if num_images < MIN_IMAGES:
-        raise CalibrationError(
-            f"num_images is {num_images}; ranges need at least {MIN_IMAGES} images (64 and more are better)"
-        )
+        raise CalibrationError(f"num_images is {num_images}; ranges need at least {MIN_IMAGES} images (64 and more are better)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     ids = check_labels(list(range(config.num_classes)) if labels is None else list(labels), config)
@@ -377,9 +379,15 @@ def check_arguments(
     plan = steps(config.seq_len, check_num_iter(num_iter, defaults.num_iter, config), scale, schedule)
     Noise.from_seed(seed, [], config)
     settings = {
-        "num_images": num_images, "labels": [int(i) for i in ids], "seed": seed, "guidance_scale": scale,
-        "cfg_schedule": schedule, "temperature": heat, "num_iter": len(plan), "batch_size": batch_size,
-    }  # fmt: skip
+        "num_images": num_images,
+        "labels": [int(i) for i in ids],
+        "seed": seed,
+        "guidance_scale": scale,
+        "cfg_schedule": schedule,
+        "temperature": heat,
+        "num_iter": len(plan),
+        "batch_size": batch_size,
+    }
     return settings, plan
 
 

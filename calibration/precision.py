@@ -62,7 +62,7 @@ class Evaluator:
         self.samples = recording.samples
         if not self.samples:
             raise CalibrationError("the recording holds no steps; record more images")
-        self.features = np.concatenate([sample.features for sample in self.samples])          # (N, D - 1)
+        self.features = np.concatenate([sample.features for sample in self.samples])  # (N, D - 1)
         self._sessions = {name: open_session(g.model, g.folder, threads) for name, g in self.graphs.items()}
         self._z = self._outer(self._sessions)
         self._mixtures = self._inner(self._sessions, self._z)
@@ -106,16 +106,18 @@ class Evaluator:
         outputs = [output.name for output in step.get_outputs()]
         pasts = {item.name: item.shape for item in step.get_inputs() if item.name.startswith("past_key_values.")}
         cache = {
-            name: np.zeros((len(z), shape[1], self.config.token_dim, shape[3]), np.float32)
-            for name, shape in pasts.items()
+            name: np.zeros((len(z), shape[1], self.config.token_dim, shape[3]), np.float32) for name, shape in pasts.items()
         }
         parts: list[list[Array]] = [[], [], []]
         for position in range(self.config.token_dim):
             feature = np.zeros((len(z), 1), np.float32) if position == 0 else self.features[:, position - 1 : position]
             feed = {
-                "feature": np.ascontiguousarray(feature), "position": np.array([position], np.int64), "start": start,
-                "modulation": modulation, **cache,
-            }  # fmt: skip
+                "feature": np.ascontiguousarray(feature),
+                "position": np.array([position], np.int64),
+                "start": start,
+                "modulation": modulation,
+                **cache,
+            }
             made = dict(zip(outputs, step.run(outputs, feed), strict=True))
             for target, name in zip(parts, ("weight", "mu", "logvar"), strict=True):
                 target.append(made[name])
@@ -150,19 +152,28 @@ def sensitivity(
     rows = []
     for number, (name, plan) in enumerate(plans.items(), 1):
         cost, layer = evaluator.cost({name: plan}), evaluator.layers[name]
-        rows.append({
-            "layer": name, "kl": cost.kl, "kl_worst": cost.kl_worst, "z_error": cost.z_error,
-            "bytes_saved": layer_bytes(layer, None) - layer_bytes(layer, plan.scheme),
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": name,
+                "kl": cost.kl,
+                "kl_worst": cost.kl_worst,
+                "z_error": cost.z_error,
+                "bytes_saved": layer_bytes(layer, None) - layer_bytes(layer, plan.scheme),
+            }
+        )
         if progress:
             progress(f"[{number}/{len(plans)}] {name}: KL {cost.kl:.2e}")
     return sorted(rows, key=lambda row: -row["kl"])
 
 
 def refine(
-    evaluator: Evaluator, recording: Recording, plans: Mapping[str, LayerPlan], ranking: list[dict[str, Any]], scheme: str,
+    evaluator: Evaluator,
+    recording: Recording,
+    plans: Mapping[str, LayerPlan],
+    ranking: list[dict[str, Any]],
+    scheme: str,
     progress: Callable[[str], None] | None = None,
-) -> tuple[dict[str, LayerPlan], list[dict[str, Any]]]:  # fmt: skip
+) -> tuple[dict[str, LayerPlan], list[dict[str, Any]]]:
     """Choose the ranges of the costliest layers by what each costs alone, instead of by one rule for all.
 
     -> plans, and the ranking with the new costs. Only for schemes whose steps are even (a float format's are not).
@@ -268,19 +279,28 @@ def calibrate(
     opened, out = Bundle.open(bundle), Path(out)
     manifest = opened.manifest
     check(
-        manifest.config, manifest.defaults, out, budget_kl=budget_kl, precisions=precisions, num_images=num_images,
+        manifest.config,
+        manifest.defaults,
+        out,
+        budget_kl=budget_kl,
+        precisions=precisions,
+        num_images=num_images,
         **recording_arguments,
-    )  # fmt: skip
+    )
     opened.verify(sorted({name for graph in manifest.precision_graphs("fp32").values() for name in graph.files}))
     kept = out.with_suffix(".npz")
     recording = collect(opened, num_images=num_images, partial=kept, threads=threads, progress=say, **recording_arguments)
     evaluator = Evaluator(opened, recording, threads)
     wide = [layer for layer in evaluator.layers.values() if layer.wide]
     result: dict[str, Any] = {
-        "kind": "arinar calibration", "format_version": FORMAT_VERSION, "settings": recording.settings,
-        "recorded_inputs": kept.name, "activations": _activations(recording),
-        "layers": {name: _layer_entry(layer, recording) for name, layer in evaluator.layers.items()}, "maps": {},
-    }  # fmt: skip
+        "kind": "arinar calibration",
+        "format_version": FORMAT_VERSION,
+        "settings": recording.settings,
+        "recorded_inputs": kept.name,
+        "activations": _activations(recording),
+        "layers": {name: _layer_entry(layer, recording) for name, layer in evaluator.layers.items()},
+        "maps": {},
+    }
     for scheme in precisions:
         by_method = {}
         for method in methods_of(scheme):
@@ -296,15 +316,21 @@ def calibrate(
         fp32 = [name for name in evaluator.layers if name not in chosen]
         say(f"{scheme}: {len(chosen)} of {len(evaluator.layers)} layers quantised, KL {cost.kl:.2e}")
         result["maps"][scheme] = {
-            "method": best, "budget_kl": budget_kl, "kl": cost.kl, "kl_worst": cost.kl_worst, "z_error": cost.z_error,
+            "method": best,
+            "budget_kl": budget_kl,
+            "kl": cost.kl,
+            "kl_worst": cost.kl_worst,
+            "z_error": cost.z_error,
             "kl_by_method_all_layers": {name: value.kl for name, value in by_method.items()},
             "refined": scheme == "int8-static",
             "bytes": total_bytes(evaluator.layers.values(), chosen),
             "bytes_fp32": total_bytes(evaluator.layers.values(), {}),
-            "quantized": {name: _plan_entry(plan) for name, plan in chosen.items()}, "fp32": fp32, "ranking": ranking,
+            "quantized": {name: _plan_entry(plan) for name, plan in chosen.items()},
+            "fp32": fp32,
+            "ranking": ranking,
             # Whatever the budget: how each layer would be quantised.
             "all_layers": {name: _plan_entry(plan) for name, plan in plans.items()},
-        }  # fmt: skip
+        }
     write_text(out, to_json(result))
     return result
 
@@ -320,8 +346,10 @@ def _layer_entry(layer: Layer, recording: Recording) -> dict[str, Any]:
     count = max(statistics.count, 1)
     mean = statistics.total / count
     return {
-        "weight": list(layer.weight.shape), "values": statistics.count,
-        "min": _round(statistics.low if statistics.count else 0), "max": _round(statistics.high if statistics.count else 0),
+        "weight": list(layer.weight.shape),
+        "values": statistics.count,
+        "min": _round(statistics.low if statistics.count else 0),
+        "max": _round(statistics.high if statistics.count else 0),
         "mean": _round(mean),
         "std": _round(float(np.sqrt(max(statistics.squares / count - mean**2, 0)))),
         "ranges": {name: _round(value) for name, value in statistics.ranges().items()},
@@ -329,7 +357,7 @@ def _layer_entry(layer: Layer, recording: Recording) -> dict[str, Any]:
         "absmax_per_step": [_round(v) for v in statistics.step_absmax],
         # What `arinar export` reads: "absmax" of the ranges per channel.
         "absmax_per_channel": [_round(v) for v in statistics.channel_absmax],
-    }  # fmt: skip
+    }
 
 
 def _activations(recording: Recording) -> dict[str, Any]:

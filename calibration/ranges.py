@@ -129,10 +129,11 @@ def _merged(histogram: Array) -> Array:
 
 def _ranges(histograms: Array, limits: Array, absmax: Array, candidates: int) -> dict[str, Array]:
     return {
-        "absmax": absmax.copy(), "percentile": np.minimum(percentile_range(histograms, limits), absmax),
+        "absmax": absmax.copy(),
+        "percentile": np.minimum(percentile_range(histograms, limits), absmax),
         "entropy": np.minimum(entropy_range(histograms, limits, candidates=candidates), absmax),
         "mse": np.minimum(mse_range(histograms, limits, candidates=candidates), absmax),
-    }  # fmt: skip
+    }
 
 
 # Of histograms (H, bins) of magnitudes over 0..limits (H,) -> clipping points (H,); 0 where nothing was counted.
@@ -151,8 +152,8 @@ def mse_range(histograms: Array, limits: Array, levels: int = LEVELS, candidates
     bins = histograms.shape[1]
     totals = histograms.sum(1, dtype=np.float64)
     width = (limits / bins)[:, None]
-    centres = (np.arange(bins) + 0.5) * width                                                 # (H, bins)
-    top = _used(histograms)[:, None] * width                                                  # (H, 1)
+    centres = (np.arange(bins) + 0.5) * width  # (H, bins)
+    top = _used(histograms)[:, None] * width  # (H, 1)
     best, chosen = np.full(len(limits), np.inf), top[:, 0].copy()
     for share in np.linspace(1, 1 / candidates, candidates):
         clip = top * share
@@ -180,7 +181,7 @@ def entropy_range(histograms: Array, limits: Array, levels: int = LEVELS, candid
         reference[:, -1] += counts[:, stop:].sum(1)
         group = np.arange(stop) * levels // stop
         starts = np.searchsorted(group, np.arange(levels))
-        mass = np.add.reduceat(inside, starts, 1)                                             # (H, levels)
+        mass = np.add.reduceat(inside, starts, 1)  # (H, levels)
         filled = np.add.reduceat(inside > 0, starts, 1, dtype=np.int64)
         spread = np.where(inside > 0, (mass / np.maximum(filled, 1))[:, group], 0.0)
         p = reference / np.maximum(reference.sum(1, keepdims=True), 1)

@@ -79,14 +79,16 @@ def watched(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, st
     for index, (name, _) in enumerate(made):
         prefix = f"peaks/{index}"
         # A zero is added: tensors can be empty, and have no largest value then.
-        graph.node.extend([
-            helper.make_node("Cast", [name], [f"{prefix}/cast"], to=TensorProto.FLOAT),
-            helper.make_node("Reshape", [f"{prefix}/cast", flat], [f"{prefix}/flat"]),
-            helper.make_node("Concat", [f"{prefix}/flat", zero], [f"{prefix}/padded"], axis=0),
-            helper.make_node("Abs", [f"{prefix}/padded"], [f"{prefix}/abs"]),
-            helper.make_node("ReduceMax", [f"{prefix}/abs"], [f"{prefix}/max"], keepdims=0),
-            helper.make_node("Reshape", [f"{prefix}/max", flat], [f"{prefix}/one"]),
-        ])  # fmt: skip
+        graph.node.extend(
+            [
+                helper.make_node("Cast", [name], [f"{prefix}/cast"], to=TensorProto.FLOAT),
+                helper.make_node("Reshape", [f"{prefix}/cast", flat], [f"{prefix}/flat"]),
+                helper.make_node("Concat", [f"{prefix}/flat", zero], [f"{prefix}/padded"], axis=0),
+                helper.make_node("Abs", [f"{prefix}/padded"], [f"{prefix}/abs"]),
+                helper.make_node("ReduceMax", [f"{prefix}/abs"], [f"{prefix}/max"], keepdims=0),
+                helper.make_node("Reshape", [f"{prefix}/max", flat], [f"{prefix}/one"]),
+            ]
+        )
         singles.append(f"{prefix}/one")
     graph.node.append(helper.make_node("Concat", singles, ["peaks"], axis=0))
     graph.output.append(helper.make_tensor_value_info("peaks", TensorProto.FLOAT, [len(made)]))

@@ -199,9 +199,7 @@ def _parts(model: Arinar, vae: AutoencoderKL, num_candidates: int, opset: int) -
         outer=_causal_outer(model, dtype, opset >= IN_PLACE_OPSET)
         if isinstance(model, CausalArinar)
         else _masked_outer(_as_masked(model)),
-        condition=GraphSpec(
-            "inner_condition", InnerCondition(inner), (_info("z", ("N", z)),), (start, modulation), {}, rows
-        ),
+        condition=GraphSpec("inner_condition", InnerCondition(inner), (_info("z", ("N", z)),), (start, modulation), {}, rows),
         step=GraphSpec(
             "inner_step",
             InnerStep(inner),
@@ -217,25 +215,35 @@ def _parts(model: Arinar, vae: AutoencoderKL, num_candidates: int, opset: int) -
             tuple({"N": n, "S": s} for n, s in ((1, features), (2, 1), (7, features - 1))),
         ),
         plain=GraphSpec(
-            "mixture_sample", PlainMixtureSample(gaussians, num_candidates), (*drawn, uniforms, temperature), feature, {},
+            "mixture_sample",
+            PlainMixtureSample(gaussians, num_candidates),
+            (*drawn, uniforms, temperature),
+            feature,
+            {},
             draws,
         ),
         guided=GraphSpec(
-            "mixture_sample_guided", MixtureSample(gaussians, num_candidates),
-            (*drawn, *uncond, uniforms, scale, temperature), feature, {}, draws, atol=1e-3,
+            "mixture_sample_guided",
+            MixtureSample(gaussians, num_candidates),
+            (*drawn, *uncond, uniforms, scale, temperature),
+            feature,
+            {},
+            draws,
+            atol=1e-3,
         ),
         vae={
             "tokens_to_latents": GraphSpec(
-                "tokens_to_latents", TokensToLatents(config),
+                "tokens_to_latents",
+                TokensToLatents(config),
                 (_info("tokens", (config.seq_len, "B", features)), _info("ranks", ("B", config.seq_len), "int64")),
-                (_info("raster", ("B", config.seq_len, features)), latents), {"ranks": (0, config.seq_len)}, batches,
+                (_info("raster", ("B", config.seq_len, features)), latents),
+                {"ranks": (0, config.seq_len)},
+                batches,
             ),
             "vae_decoder": GraphSpec("vae_decoder", VaeDecoder(vae), (latents,), (images,), {}, batches),
-            "vae_encoder": GraphSpec(
-                "vae_encoder", VaeEncoder(vae), (images,), (latents,), {"images": (0, 256)}, batches
-            ),
+            "vae_encoder": GraphSpec("vae_encoder", VaeEncoder(vae), (images,), (latents,), {"images": (0, 256)}, batches),
         },
-    )  # fmt: skip
+    )
 
 
 def graph_specs(
@@ -252,9 +260,7 @@ def _as_masked(model: Arinar) -> MaskedOuter:
     return model
 
 
-def _inner_token_reference(
-    parts: _Parts, config: ArinarConfig, guided: bool
-) -> Callable[[dict[str, Array]], Sequence[Array]]:
+def _inner_token_reference(parts: _Parts, config: ArinarConfig, guided: bool) -> Callable[[dict[str, Array]], Sequence[Array]]:
     """What `inner_token` must compute, by its step modules one feature after another in PyTorch."""
 
     @torch.no_grad()
@@ -262,23 +268,17 @@ def _inner_token_reference(
         tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
         start, modulation = parts.condition.module(tensors["z"])
         rows, heads, size = len(start), config.inner_heads, config.inner_head_dim
-        cache = [
-            torch.zeros(rows, heads, config.token_dim, size, dtype=start.dtype) for _ in range(2 * config.inner_depth)
-        ]
+        cache = [torch.zeros(rows, heads, config.token_dim, size, dtype=start.dtype) for _ in range(2 * config.inner_depth)]
         feature = torch.zeros(rows, 1)
         drawn: list[Tensor] = []
         for position in range(config.token_dim):
-            weight, mu, logvar, *new = parts.step.module(
-                feature, torch.tensor([position]), start, modulation, *cache
-            )
+            weight, mu, logvar, *new = parts.step.module(feature, torch.tensor([position]), start, modulation, *cache)
             for past, row in zip(cache, new, strict=True):
                 past[:, :, position : position + 1] = row
             uniforms = tensors["uniforms"][:, position]
             if guided:
                 cond, uncond = zip(*(t.chunk(2) for t in (weight, mu, logvar)), strict=True)
-                value = parts.guided.module(
-                    *cond, *uncond, uniforms, tensors["guidance_scale"], tensors["temperature"]
-                )
+                value = parts.guided.module(*cond, *uncond, uniforms, tensors["guidance_scale"], tensors["temperature"])
                 feature = torch.cat([value, value])
             else:
                 value = feature = parts.plain.module(weight, mu, logvar, uniforms, tensors["temperature"])
@@ -572,9 +572,14 @@ def _compose(parts: _Parts, config: ArinarConfig, folder: Path, guided: bool) ->
     inputs, outputs = inner_token_info(config, guided, NUM_UNIFORMS)
     copies = 2 if guided else 1
     spec = GraphSpec(
-        composed.graph.name, torch.nn.Identity(), tuple(inputs), tuple(outputs), {},
-        tuple({"M": m, "N": copies * m} for m in (1, 3, 16)), atol=5e-3 if guided else 1e-3,
-    )  # fmt: skip
+        composed.graph.name,
+        torch.nn.Identity(),
+        tuple(inputs),
+        tuple(outputs),
+        {},
+        tuple({"M": m, "N": copies * m} for m in (1, 3, 16)),
+        atol=5e-3 if guided else 1e-3,
+    )
     path = folder / f"{spec.name}.onnx"
     write_model(composed, path)
     return spec, path

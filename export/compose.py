@@ -73,9 +73,12 @@ class GraphComposer:
         self, name: str, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], opset: int, ir_version: int
     ) -> ModelProto:
         graph = helper.make_graph(
-            self.nodes, name, [value_info(t) for t in inputs], [value_info(t) for t in outputs],
+            self.nodes,
+            name,
+            [value_info(t) for t in inputs],
+            [value_info(t) for t in outputs],
             initializer=list(self.initializers.values()),
-        )  # fmt: skip
+        )
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="arinar"
         )

@@ -59,17 +59,24 @@ class AttentionFusion:
         if product.input[0] != softmax.output[0] or (scale := self.scalar(scaled.input[1])) is None:
             return None
         split = [
-            self.split(scaled.input[0], SWAP_HEADS), self.split(scores.input[1], KEYS), self.split(product.input[1], SWAP_HEADS)
-        ]  # fmt: skip
+            self.split(scaled.input[0], SWAP_HEADS),
+            self.split(scores.input[1], KEYS),
+            self.split(product.input[1], SWAP_HEADS),
+        ]
         if None in split:
             return None
         names, heads = zip(*(part for part in split if part is not None), strict=True)
         if len(set(heads)) != 1:
             return None
         node = helper.make_node(
-            "Attention", names, [f"{product.output[0]}/attention"], name=f"{product.output[0]}/attention",
-            q_num_heads=heads[0], kv_num_heads=heads[0], scale=scale,
-        )  # fmt: skip
+            "Attention",
+            names,
+            [f"{product.output[0]}/attention"],
+            name=f"{product.output[0]}/attention",
+            q_num_heads=heads[0],
+            kv_num_heads=heads[0],
+            scale=scale,
+        )
         return node, after
 
     def split(self, name: str, order: list[int]) -> tuple[str, int] | None:

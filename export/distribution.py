@@ -105,10 +105,14 @@ def make_references(
         for first in range(0, count, REFERENCE_BATCH):
             rows = range(first, min(first + REFERENCE_BATCH, count))
             tokens = sample(
-                model, torch.tensor(labels[first : rows.stop]), guidance_scale=settings["guidance_scale"],
-                cfg_schedule=settings["cfg_schedule"], temperature=settings["temperature"],
-                num_iter=settings["num_iter"], noise=Noise.from_seed(seed, rows, config),
-            )  # fmt: skip
+                model,
+                torch.tensor(labels[first : rows.stop]),
+                guidance_scale=settings["guidance_scale"],
+                cfg_schedule=settings["cfg_schedule"],
+                temperature=settings["temperature"],
+                num_iter=settings["num_iter"],
+                noise=Noise.from_seed(seed, rows, config),
+            )
             with torch.no_grad():
                 latents = denormalize(unpatchify(tokens, config.patch_size), config)
                 images.append(to_uint8(vae.decode(latents)).numpy())
@@ -134,9 +138,13 @@ def open_measure(features: str | Features, stats: Path | None, config: ArinarCon
 
 
 def compare(
-    pipeline: Pipeline, references: References, *, features: str | Features = "builtin", stats: Path | None = None,
+    pipeline: Pipeline,
+    references: References,
+    *,
+    features: str | Features = "builtin",
+    stats: Path | None = None,
     measure: Measure | None = None,
-) -> tuple[Distribution, Array]:  # fmt: skip
+) -> tuple[Distribution, Array]:
     """Generate the deployed set and measure -> result, deployed images (N, H, W, 3) uint8.
 
     ``measure``, from :func:`open_measure`, takes the place of ``features`` and ``stats``.
@@ -144,9 +152,13 @@ def compare(
     settings, config = references.settings, pipeline.config
     measure = measure or open_measure(features, stats, config)
     made = pipeline.generate(
-        references.labels, guidance_scale=settings["guidance_scale"], cfg_schedule=settings["cfg_schedule"],
-        temperature=settings["temperature"], num_iter=settings["num_iter"], seed=settings["seed"],
-    )  # fmt: skip
+        references.labels,
+        guidance_scale=settings["guidance_scale"],
+        cfg_schedule=settings["cfg_schedule"],
+        temperature=settings["temperature"],
+        num_iter=settings["num_iter"],
+        seed=settings["seed"],
+    )
     deployed = np.stack([np.asarray(image) for image in made.images])
     first, second, ours = (
         check_features(measure.extract(images), len(images), measure.name)
@@ -159,24 +171,34 @@ def compare(
     if right[0] is not None and right[1] is not None:
         change = right[0].astype(float) - right[1]
         found = {
-            "agreement": float(right[1].mean()), "reference_agreement": float(right[0].mean()),
-            "drop": float(change.mean()), "drop_error": float(change.std() / len(change) ** 0.5),
-        }  # fmt: skip
+            "agreement": float(right[1].mean()),
+            "reference_agreement": float(right[0].mean()),
+            "drop": float(change.mean()),
+            "drop_error": float(change.std() / len(change) ** 0.5),
+        }
     if measure.stats is not None:
         for name, values in (("reference_distance", first), ("deployed_distance", ours)):
             found[name] = frechet_distance(*mean_and_covariance(values), *measure.stats)
     result = Distribution(
-        len(ours), measure.name, frechet_between(first, ours), frechet_between(first, second),
-        frechet_between(second, ours), mmd, p, **found,
-    )  # fmt: skip
+        len(ours),
+        measure.name,
+        frechet_between(first, ours),
+        frechet_between(first, second),
+        frechet_between(second, ours),
+        mmd,
+        p,
+        **found,
+    )
     return result, deployed
 
 
 def is_digits(config: ArinarConfig) -> bool:
     digits = PRESETS["digits"]
     return (config.img_size, config.num_classes, config.class_names) == (
-        digits.img_size, digits.num_classes, digits.class_names,
-    )  # fmt: skip
+        digits.img_size,
+        digits.num_classes,
+        digits.class_names,
+    )
 
 
 def right_answers(images: Array, labels: Sequence[int], config: ArinarConfig) -> Array | None:
@@ -238,11 +260,11 @@ def builtin_features(config: ArinarConfig) -> Features:
 
 def _raw_features(images: Array) -> Array:
     """(N, H, W, 3) uint8 -> (N, 240) float64."""
-    x = _averaged(images.astype(np.float64) / 255, _SIDE)                                     # (N, 32, 32, 3)
+    x = _averaged(images.astype(np.float64) / 255, _SIDE)  # (N, 32, 32, 3)
     grey = x.mean(-1)
     down, right = np.gradient(grey, axis=(1, 2))
     size, sector = np.hypot(down, right), (np.arctan2(down, right) / (2 * np.pi) * _ANGLES).round().astype(int) % _ANGLES
-    by_sector = size[..., None] * (sector[..., None] == np.arange(_ANGLES))                   # (N, 32, 32, 8)
+    by_sector = size[..., None] * (sector[..., None] == np.arange(_ANGLES))  # (N, 32, 32, 8)
     parts = (_averaged(grey[..., None], 8), _averaged(x, 4), 4 * _averaged(by_sector, _CELLS))
     return np.concatenate([part.reshape(len(x), -1) for part in parts], 1)
 

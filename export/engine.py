@@ -166,9 +166,12 @@ def build_engines(
     targets = check_targets(library, gpu, compute_capability)
     axes = axis_ranges(config, batch, min_num_iter, defaults.num_iter)
     flags = {
-        "strongly_typed": True, "tf32": False, "workspace": workspace, "optimization_level": optimization_level,
+        "strongly_typed": True,
+        "tf32": False,
+        "workspace": workspace,
+        "optimization_level": optimization_level,
         "version_compatible": version_compatible,
-    }  # fmt: skip
+    }
     folder = bundle.folder / ENGINES / engine_key(module, library.version, targets, precision, version_compatible)
     existing = {engine.path: engine for engine in list_engines(bundle)}
     files = sorted({file for name in names for file in (known[name].file, *known[name].weights)})
@@ -177,11 +180,19 @@ def build_engines(
     outcomes: list[Outcome] = []
     for number, name in enumerate(names, 1):
         info = EngineInfo(
-            graph=name, precision=precision, module=module, version=library.version, compute_capability=targets,
-            onnx_sha256=graph_hash(bundle, precision, name), opset=known[name].opset, batch=batch,
-            profiles=profiles(known[name], axes), flags=flags,
-            gpu=gpu.name if gpu else "", driver=gpu.driver if gpu else "",
-        )  # fmt: skip
+            graph=name,
+            precision=precision,
+            module=module,
+            version=library.version,
+            compute_capability=targets,
+            onnx_sha256=graph_hash(bundle, precision, name),
+            opset=known[name].opset,
+            batch=batch,
+            profiles=profiles(known[name], axes),
+            flags=flags,
+            gpu=gpu.name if gpu else "",
+            driver=gpu.driver if gpu else "",
+        )
         path = folder / f"{name}{ENGINE_SUFFIX}"
         label = f"[{number}/{len(names)}] {name}"
         old = existing.get(path)
@@ -383,10 +394,14 @@ def _driver_version() -> str:
 
 def _job(bundle: Bundle, graph: GraphInfo, info: EngineInfo, cache: Path | None) -> dict[str, Any]:
     return {
-        "what": "build", "module": info.module, "onnx": str(bundle.path(graph.file)), "profiles": info.profiles,
-        "targets": list(info.compute_capability), "flags": info.flags,
+        "what": "build",
+        "module": info.module,
+        "onnx": str(bundle.path(graph.file)),
+        "profiles": info.profiles,
+        "targets": list(info.compute_capability),
+        "flags": info.flags,
         "timing_cache": None if cache is None else str(cache.absolute()),
-    }  # fmt: skip
+    }
 
 
 def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, say: Progress) -> EngineInfo:
@@ -399,9 +414,7 @@ def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, sa
         notes = _run_child(job | {"out": str(made.absolute())}, timeout, say)["notes"]
         for note in notes:
             say(note)
-        info = replace(
-            info, size=made.stat().st_size, sha256=file_sha256(made), seconds=round(time.monotonic() - began, 2)
-        )
+        info = replace(info, size=made.stat().st_size, sha256=file_sha256(made), seconds=round(time.monotonic() - began, 2))
         sidecar = sidecar_path(made)
         sidecar.write_text(info.to_json(), encoding="utf-8")
         # Without a sidecar an engine does not count: at no moment does one describe another's file.
@@ -439,9 +452,13 @@ def _run_child(job: dict[str, Any], timeout: float, say: Progress | None = None)
                 say(message["progress"])
 
     process = subprocess.Popen(
-        [sys.executable, "-c", _BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace",
-    )  # fmt: skip
+        [sys.executable, "-c", _BOOT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     listener = threading.Thread(target=listen, args=(process.stdout,), daemon=True)
     listener.start()
     try:

@@ -130,9 +130,15 @@ def export_graph(spec: GraphSpec, folder: Path, store: WeightStore, opset: int =
         raw = Path(scratch) / "raw.onnx"
         try:
             program = torch.onnx.export(
-                spec.module, args, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
-                input_names=[t.name for t in spec.inputs], output_names=[t.name for t in spec.outputs],
-            )  # fmt: skip
+                spec.module,
+                args,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
+                input_names=[t.name for t in spec.inputs],
+                output_names=[t.name for t in spec.outputs],
+            )
             assert program is not None
             program.save(raw, external_data=True)
         except Exception as error:
@@ -206,9 +212,7 @@ def check_interface(model: onnx.ModelProto, spec: GraphSpec) -> None:
         for value, tensor in zip(values, expected, strict=True):
             dims = value.type.tensor_type.shape.dim
             if len(dims) != len(tensor.shape):
-                raise ExportError(
-                    f"graph {spec.name!r}: {what} {tensor.name!r} has {len(dims)} axes; expected {tensor.shape}"
-                )
+                raise ExportError(f"graph {spec.name!r}: {what} {tensor.name!r} has {len(dims)} axes; expected {tensor.shape}")
             for index, (dim, want) in enumerate(zip(dims, tensor.shape, strict=True)):
                 if isinstance(want, str) and dim.HasField("dim_value"):
                     raise ExportError(
@@ -219,8 +223,7 @@ def check_interface(model: onnx.ModelProto, spec: GraphSpec) -> None:
                     dim.dim_param = want
                 elif dim.HasField("dim_value") and dim.dim_value != want:
                     raise ExportError(
-                        f"graph {spec.name!r}: axis {index} of {what} {tensor.name!r} is {dim.dim_value}; "
-                        f"expected {want}"
+                        f"graph {spec.name!r}: axis {index} of {what} {tensor.name!r} is {dim.dim_value}; expected {want}"
                     )
                 else:
                     dim.dim_value = want

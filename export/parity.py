@@ -90,9 +90,20 @@ class Thresholds:
 # 8 bits. Largest errors depend on how far the tails were looked at; what counts is in the mixtures' mean divergence
 # (`arinar calibrate` keeps it within a budget) and in level 4.
 QUANTIZED = Thresholds(
-    graph=0.5, sampled_graph=2.0, token=0.5, z=0.1, mixture=0.5, absolute=math.inf, kl=0.5, mean_kl=2e-3,
-    same_component=0.97, same_picks=0.8, same_images=0.0, psnr=0.0, paired_ratio=math.inf,
-)  # fmt: skip
+    graph=0.5,
+    sampled_graph=2.0,
+    token=0.5,
+    z=0.1,
+    mixture=0.5,
+    absolute=math.inf,
+    kl=0.5,
+    mean_kl=2e-3,
+    same_component=0.97,
+    same_picks=0.8,
+    same_images=0.0,
+    psnr=0.0,
+    paired_ratio=math.inf,
+)
 
 #: By precision. fp32 is the blueprint's; the others are what was measured on the demo models, with room.
 THRESHOLDS = {
@@ -100,15 +111,26 @@ THRESHOLDS = {
     # Measured in ONNX Runtime on the CPU: graph 7e-4, z 5.3e-4, mixture 1.8e-3, kl 8.8e-5 (draws stay in float32). The
     # room is for GPUs, which accumulate and fuse in another order, and for deeper models.
     "fp16": Thresholds(
-        graph=1e-2, sampled_graph=5e-3, token=0.1, z=1e-2, mixture=2e-2, absolute=math.inf, kl=1e-3, mean_kl=1e-4,
-        same_component=0.99, same_picks=0.9, same_images=0.0, psnr=25.0, paired_ratio=math.inf,
+        graph=1e-2,
+        sampled_graph=5e-3,
+        token=0.1,
+        z=1e-2,
+        mixture=2e-2,
+        absolute=math.inf,
+        kl=1e-3,
+        mean_kl=1e-4,
+        same_component=0.99,
+        same_picks=0.9,
+        same_images=0.0,
+        psnr=25.0,
+        paired_ratio=math.inf,
     ),
     "int8": QUANTIZED,
     "int8-static": QUANTIZED,
     "fp8": replace(
         QUANTIZED, graph=0.8, token=0.8, z=0.5, mixture=0.8, kl=1.0, mean_kl=1e-2, same_component=0.95, same_picks=0.7
     ),
-}  # fmt: skip
+}
 
 
 def default_thresholds(precision: str) -> Thresholds:
@@ -309,8 +331,10 @@ def run_parity(
         "labels": [int(label) for label in check_labels(list(labels), config)],
         "guidance_scale": check_number("guidance_scale", guidance_scale, 1.0),
         "num_iter": check_num_iter(None if config.outer == "causal" else num_iter, defaults.num_iter, config),
-        "temperature": check_number("temperature", temperature, 0.0, strict=True), "cfg_schedule": cfg_schedule, "seed": seed,
-    }  # fmt: skip
+        "temperature": check_number("temperature", temperature, 0.0, strict=True),
+        "cfg_schedule": cfg_schedule,
+        "seed": seed,
+    }
     plan = steps(config.seq_len, settings["num_iter"], settings["guidance_scale"], cfg_schedule)
     noise = Noise.from_seed(seed, range(len(labels)), config)
     measure = None
@@ -326,10 +350,15 @@ def run_parity(
     records: list[StepRecord] = []
     say(f"reference: PyTorch generates {len(labels)} images in {len(plan)} steps")
     tokens = sample(
-        model, torch.tensor(settings["labels"]), guidance_scale=settings["guidance_scale"],
-        temperature=settings["temperature"], num_iter=len(plan), cfg_schedule=cfg_schedule, noise=noise,
+        model,
+        torch.tensor(settings["labels"]),
+        guidance_scale=settings["guidance_scale"],
+        temperature=settings["temperature"],
+        num_iter=len(plan),
+        cfg_schedule=cfg_schedule,
+        noise=noise,
         record=records.append,
-    )  # fmt: skip
+    )
     _check_reference(records)
     say("level 2: the deployed graphs along the reference's trajectory")
     _teacher_forced(report, pipeline, noise, tokens.numpy(), records, thresholds)
@@ -365,23 +394,36 @@ def add_distribution(report: ParityReport, found: Distribution, thresholds: Thre
         remark = f"{sides}, standard error {found.drop_error:.1%}"
         add(Check("distribution", "classifier agreement lost", found.drop, limit, note=remark))
     yardstick = max(found.yardstick, 1e-12)
-    add(Check(
-        "distribution", "Frechet distance / yardstick", found.independent / yardstick, thresholds.frechet_ratio,
-        note=f"{found.independent:.3g} to PyTorch's second run, {found.yardstick:.3g} between PyTorch's two; {note}",
-    ))  # fmt: skip
-    add(Check(
-        "distribution", "the same, with equal noise", found.frechet / yardstick,
-        None if thresholds.paired_ratio == math.inf else thresholds.paired_ratio,
-        note=f"{found.frechet:.3g} to PyTorch's first run",
-    ))  # fmt: skip
+    add(
+        Check(
+            "distribution",
+            "Frechet distance / yardstick",
+            found.independent / yardstick,
+            thresholds.frechet_ratio,
+            note=f"{found.independent:.3g} to PyTorch's second run, {found.yardstick:.3g} between PyTorch's two; {note}",
+        )
+    )
+    add(
+        Check(
+            "distribution",
+            "the same, with equal noise",
+            found.frechet / yardstick,
+            None if thresholds.paired_ratio == math.inf else thresholds.paired_ratio,
+            note=f"{found.frechet:.3g} to PyTorch's first run",
+        )
+    )
     remark = f"to PyTorch's second run; squared MMD {found.mmd:.2g}"
     add(Check("distribution", "MMD, p-value", found.mmd_p, thresholds.mmd_p, True, remark))
     if found.deployed_distance is not None and found.reference_distance is not None:
-        add(Check(
-            "distribution", "Frechet distance to the statistics / PyTorch's",
-            found.deployed_distance / max(found.reference_distance, 1e-12), thresholds.stats_ratio,
-            note=f"{found.deployed_distance:.4g} deployed, {found.reference_distance:.4g} PyTorch",
-        ))  # fmt: skip
+        add(
+            Check(
+                "distribution",
+                "Frechet distance to the statistics / PyTorch's",
+                found.deployed_distance / max(found.reference_distance, 1e-12),
+                thresholds.stats_ratio,
+                note=f"{found.deployed_distance:.4g} deployed, {found.reference_distance:.4g} PyTorch",
+            )
+        )
 
 
 def provenance(
@@ -394,8 +436,16 @@ def provenance(
 
     versions = {}
     for name in (
-        "arinar", "torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch-fidelity",
-    ):  # fmt: skip
+        "arinar",
+        "torch",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tensorrt",
+        "tensorrt-rtx",
+        "torch-fidelity",
+    ):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -411,13 +461,17 @@ def provenance(
     known = [origin[name] == value for name, value in hashes.items() if name in origin]
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "bundle": pipeline.bundle.folder.resolve().name, "precision": pipeline.precision, "backend": pipeline.backend.name,
+        "bundle": pipeline.bundle.folder.resolve().name,
+        "precision": pipeline.precision,
+        "backend": pipeline.backend.name,
         "compared with": dict(reference or {}) | hashes,
         "exported from these weights": ("yes" if all(known) else "no") if known else "unknown",
         "machine": f"{_processor()}, {platform.system()} {platform.release()}",
-        "python": platform.python_version(), "versions": versions, "origin": origin,
+        "python": platform.python_version(),
+        "versions": versions,
+        "origin": origin,
         "sha256": {name: manifest.files[name].sha256 for name in files},
-    }  # fmt: skip
+    }
 
 
 def _processor() -> str:
@@ -431,7 +485,7 @@ def _processor() -> str:
 
 def _per_graph(
     report: ParityReport, pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, thresholds: Thresholds, batch: int, rows: int
-) -> None:  # fmt: skip
+) -> None:
     """``batch`` images, ``rows`` drawn tokens at most: no more than the levels that follow, so that engines fit."""
     manifest = pipeline.bundle.manifest
     graphs = manifest.precision_graphs(pipeline.precision)
@@ -513,8 +567,9 @@ def _token_feed(graph: GraphInfo, pipeline: Pipeline, rows: int) -> dict[str, Ar
     feed: dict[str, Array] = {
         "z": rng.standard_normal((branches * rows, config.z_width)),
         "uniforms": rng.random((rows, config.token_dim, NUM_UNIFORMS)),
-        "guidance_scale": 1 + rng.random(1), "temperature": 1 + rng.random(1),
-    }  # fmt: skip
+        "guidance_scale": 1 + rng.random(1),
+        "temperature": 1 + rng.random(1),
+    }
     return {tensor.name: feed[tensor.name].astype(np.float32) for tensor in graph.inputs}
 
 
@@ -530,9 +585,7 @@ def _drawn_tokens(model: Arinar, feed: Mapping[str, Array]) -> Array:
     return np.asarray(features.numpy())
 
 
-def launch(
-    pipeline: Pipeline, graph: GraphInfo, feed: Mapping[str, Array], shapes: Sequence[tuple[int, ...]]
-) -> list[Array]:
+def launch(pipeline: Pipeline, graph: GraphInfo, feed: Mapping[str, Array], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     """Run one graph of a pipeline's backend on host arrays, cast to what the graph takes."""
     backend = pipeline.backend
     inputs = {t.name: backend.upload(feed[t.name].astype(t.dtype)) for t in graph.inputs}
@@ -553,7 +606,7 @@ def _walk(
     ordered = np.ascontiguousarray(np.take_along_axis(tokens, noise.order[:, :, None], 1).swapaxes(0, 1))  # (L, B, D)
     for step in plan:
         z = backend.download(loop.outer(state, step)).copy()
-        now = np.ascontiguousarray(ordered[step.remaining : step.masked])                     # (P, B, D)
+        now = np.ascontiguousarray(ordered[step.remaining : step.masked])  # (P, B, D)
         features = now.reshape(step.count * batch, -1)
         both = np.tile(features, (branches, 1))
         # Images are divided into launches as the pipeline does it: ranges that are taken as a graph runs depend on it.
@@ -585,9 +638,17 @@ def _teacher_forced(
         try:
             z, features, got = next(walk)
         except FloatingPointError as error:
-            add(Check(
-                "teacher-forced", "finite values", 0.0, 1.0, True, str(error), step=record.step.index,
-            ))  # fmt: skip
+            add(
+                Check(
+                    "teacher-forced",
+                    "finite values",
+                    0.0,
+                    1.0,
+                    True,
+                    str(error),
+                    step=record.step.index,
+                )
+            )
             break
         # Reference rows go image by image, the deployed ones position by position.
         wanted = [record.z_cond] if record.z_uncond is None else [record.z_cond, record.z_uncond]
@@ -603,7 +664,7 @@ def _teacher_forced(
             if name in tables:
                 tables[name].append(difference.max((0, 2)).tolist())
                 tables[f"{name} mean"].append(difference.mean((0, 2)).tolist())
-        kl = mixture_kl(tuple(want), got)                                                     # (rows, D)
+        kl = mixture_kl(tuple(want), got)  # (rows, D)
         curves["kl"].append(float(kl.max()))
         curves["kl mean"].append(float(kl.mean()))
         tables["kl"].append(kl.mean(0).tolist())
@@ -625,10 +686,15 @@ def _teacher_forced(
         note += "" if over is None else f"; first beyond the limit at step {over}"
         where = "" if over is None or name not in PARAMETERS else f"feature {int(np.argmax(tables[name][over]))}"
         add(Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where))
-    add(Check(
-        "teacher-forced", "absolute error", float(np.max(absolute)),
-        None if thresholds.absolute == math.inf else thresholds.absolute, note="largest of z, weight, mu and logvar",
-    ))  # fmt: skip
+    add(
+        Check(
+            "teacher-forced",
+            "absolute error",
+            float(np.max(absolute)),
+            None if thresholds.absolute == math.inf else thresholds.absolute,
+            note="largest of z, weight, mu and logvar",
+        )
+    )
     note = f"of {drawn} drawn features"
     add(Check("teacher-forced", "same component", same / drawn, thresholds.same_component, True, note))
     mean_kl = float(np.mean(tables["kl"]))
@@ -689,9 +755,13 @@ def _free_running(
     plan = [record.step for record in records]
     try:
         out = pipeline.generate(
-            settings["labels"], guidance_scale=settings["guidance_scale"], temperature=settings["temperature"],
-            num_iter=settings["num_iter"], cfg_schedule=settings["cfg_schedule"], noise=noise,
-        )  # fmt: skip
+            settings["labels"],
+            guidance_scale=settings["guidance_scale"],
+            temperature=settings["temperature"],
+            num_iter=settings["num_iter"],
+            cfg_schedule=settings["cfg_schedule"],
+            noise=noise,
+        )
         share, by_step, picks = _own_picks(pipeline, noise, out.tokens, records, settings)
     except FloatingPointError as error:
         add(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
@@ -752,6 +822,15 @@ def psnr(have: Array, want: Array) -> Array:
 
 
 __all__ = [
-    "LEVELS", "THRESHOLDS", "Check", "ParityReport", "Thresholds", "add_distribution", "default_thresholds",
-    "forced_mixtures", "mixture_kl", "parse_thresholds", "run_parity",
-]  # fmt: skip
+    "LEVELS",
+    "THRESHOLDS",
+    "Check",
+    "ParityReport",
+    "Thresholds",
+    "add_distribution",
+    "default_thresholds",
+    "forced_mixtures",
+    "mixture_kl",
+    "parse_thresholds",
+    "run_parity",
+]

@@ -185,9 +185,11 @@ def quantize_bundle(
         if used is not None:
             origin["calibration_sha256"] = file_info(used.path).sha256
         added = replace(
-            manifest, graphs={variant: entries}, files=files,
+            manifest,
+            graphs={variant: entries},
+            files=files,
             provenance={"quantization": dict(manifest.provenance.get("quantization", {})) | {variant: origin}},
-        )  # fmt: skip
+        )
         merged = _merge(manifest, added)
         _replace_folder(target, folder / "graphs" / variant)
         write_manifest(folder, merged)
@@ -220,9 +222,13 @@ def _write(
             drawn = Graph.load(bundle.path(infos["mixture_sample_guided" if guided else "mixture_sample"].file))
             pool_weights(drawn.model, drawn.folder, store)
             composed = compose_inner_token(
-                models["inner_condition"], models["inner_step"], drawn.model, config, guided=guided,
+                models["inner_condition"],
+                models["inner_step"],
+                drawn.model,
+                config,
+                guided=guided,
                 num_uniforms=NUM_UNIFORMS,
-            )  # fmt: skip
+            )
             models[composed.graph.name] = composed
     finally:
         store.close()
@@ -274,9 +280,15 @@ def example_feed(bundle: Bundle, info: GraphInfo, rows: int = 3, seed: int = 0) 
     rng = np.random.default_rng(seed)
     middle = config.seq_len // 2
     sizes = {
-        "V": config.seq_len - middle - 1, "P": 1, "U": middle, "G": 2, "B": rows, "S": config.token_dim, "M": rows,
+        "V": config.seq_len - middle - 1,
+        "P": 1,
+        "U": middle,
+        "G": 2,
+        "B": rows,
+        "S": config.token_dim,
+        "M": rows,
         "N": 2 * rows if info.name == "inner_token_guided" else rows,
-    }  # fmt: skip
+    }
     positions = config.token_dim if info.name == "inner_step" else config.seq_len - 1
     upper = {"labels": config.num_classes, "rows": 1, "position": positions}
     feed: dict[str, Array] = {}

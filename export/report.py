@@ -38,20 +38,31 @@ TITLES = {
         "Do the deployed images follow the same law? Their distance from a PyTorch run with another seed, beside the "
         "distance between two PyTorch runs with different seeds (the yardstick): a right model is at about 1.",
     ),
-}  # fmt: skip
+}
 NAMES = {
-    "z": "condition vector z", "weight": "component weight", "mu": "component mean (mu)", "logvar": "component log variance",
-}  # fmt: skip
+    "z": "condition vector z",
+    "weight": "component weight",
+    "mu": "component mean (mu)",
+    "logvar": "component log variance",
+}
 # Names of checks in full; others are shown as they are.
 CHECKS = {
-    **{name: f"{text}: largest error" for name, text in NAMES.items()}, "kl": "KL divergence: worst mixture",
-    "mean kl": "KL divergence: mean of all mixtures", "absolute error": "largest absolute error",
-    "MMD, p-value": "mean discrepancy (MMD): p-value", "the same, with equal noise": "the same, made from equal noise",
-    "same component": "features that both ascribe to the same component", "same picks": "picks of the same component",
-}  # fmt: skip
+    **{name: f"{text}: largest error" for name, text in NAMES.items()},
+    "kl": "KL divergence: worst mixture",
+    "mean kl": "KL divergence: mean of all mixtures",
+    "absolute error": "largest absolute error",
+    "MMD, p-value": "mean discrepancy (MMD): p-value",
+    "the same, with equal noise": "the same, made from equal noise",
+    "same component": "features that both ascribe to the same component",
+    "same picks": "picks of the same component",
+}
 SHARES = {
-    "same component", "same picks", "images within 1 grey level", "tokens that agree", "classifier agreement lost",
-}  # fmt: skip
+    "same component",
+    "same picks",
+    "images within 1 grey level",
+    "tokens that agree",
+    "classifier agreement lost",
+}
 COLORS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#a07000")
 COLOR_OF = dict(zip(("z", *PARAMETERS), COLORS, strict=False))
 LIGHT, DARK, BAD = (238, 243, 250), (8, 48, 107), "#c01c28"  # ends of the heat map's scale; what is not a number
@@ -94,8 +105,10 @@ def render(report: ParityReport, title: str | None = None) -> str:
     name = title or f"Parity: {report.provenance.get('bundle', 'bundle')}, {report.precision} on {report.backend}"
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(name)}</title><style>{STYLE}</style>",
-        f"<h1>{_text(name)}</h1>", _verdict(report), _settings(report),
-    ]  # fmt: skip
+        f"<h1>{_text(name)}</h1>",
+        _verdict(report),
+        _settings(report),
+    ]
     for number, level in enumerate(LEVELS, 1):
         heading, why = TITLES[level]
         checks = [check for check in report.checks if check.level == level]
@@ -183,9 +196,7 @@ def _teacher_forced_plots(report: ParityReport) -> str:
             plots.append(_error_plot(series, title, "outer step", limits if not kind else None))
     for kind, what in (("", "Largest"), (" mean", "Mean")):
         reduce = np.mean if kind else np.max
-        by_feature = {
-            name: reduce(tables[f"{name}{kind}"], 0).tolist() for name in PARAMETERS if tables.get(f"{name}{kind}")
-        }
+        by_feature = {name: reduce(tables[f"{name}{kind}"], 0).tolist() for name in PARAMETERS if tables.get(f"{name}{kind}")}
         if by_feature:
             title = f"{what} error at each feature of a token (z has none)"
             plots.append(_error_plot(by_feature, title, "feature", limits if not kind else None))
@@ -313,9 +324,16 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 250, 58, 12, 10, 40
 
 
 def line_plot(
-    series: Mapping[str, Sequence[float]], title: str, x_label: str, y_label: str, *, log: bool = True,
-    top: float | None = None, limits: Mapping[str, float] | None = None, colors: Sequence[str] = COLORS,
-) -> str:  # fmt: skip
+    series: Mapping[str, Sequence[float]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = True,
+    top: float | None = None,
+    limits: Mapping[str, float] | None = None,
+    colors: Sequence[str] = COLORS,
+) -> str:
     """Curves over 0, 1, 2, ... as a figure; on a logarithmic axis values of 0 (and below) sit on its floor.
 
     ``top`` fixes the end of a linear axis. ``limits``: dashed lines, by name, which a logarithmic axis reaches to show.
@@ -433,9 +451,7 @@ def _chosen(count: int) -> list[int]:
     return list(range(0, count, max(1, math.ceil(count / 9))))
 
 
-def _axes(
-    x_label: str, y_label: str, ticks: Sequence[tuple[float, str]], grid: bool = True, right: int = WIDTH - RIGHT
-) -> str:
+def _axes(x_label: str, y_label: str, ticks: Sequence[tuple[float, str]], grid: bool = True, right: int = WIDTH - RIGHT) -> str:
     bottom = HEIGHT - BOTTOM
     lines = [
         f"<line x1='{LEFT}' y1='{bottom}' x2='{right}' y2='{bottom}' stroke='#8c959f'/>",
@@ -455,12 +471,9 @@ def _x_ticks(ticks: Sequence[tuple[float, str]]) -> list[str]:
     return [f"<text x='{x:.1f}' y='{y}' text-anchor='middle'>{_text(text)}</text>" for x, text in ticks]
 
 
-def _figure(
-    title: str, body: Sequence[str], names: Sequence[str], colors: Sequence[str] = COLORS, extra: str = ""
-) -> str:
+def _figure(title: str, body: Sequence[str], names: Sequence[str], colors: Sequence[str] = COLORS, extra: str = "") -> str:
     legend = "".join(
-        f"<span><i style='color:{color}'>&#9632;</i> {_text(name)}</span>"
-        for color, name in zip(colors, names, strict=False)
+        f"<span><i style='color:{color}'>&#9632;</i> {_text(name)}</span>" for color, name in zip(colors, names, strict=False)
     )
     return (
         f"<figure><figcaption><b>{_text(title)}</b><div>{legend}{extra}</div></figcaption>"

@@ -29,9 +29,20 @@ from arinar.outer import Attention, Block, CausalOuter, MaskedOuter
 from arinar.vae import AutoencoderKL, posterior
 
 __all__ = [
-    "CausalPrefill", "CausalStep", "CausalStepInPlace", "InnerCondition", "InnerStep", "MaskedStep", "MixtureSample",
-    "PlainMixtureSample", "TokensToLatents", "VaeDecoder", "VaeEncoder", "half_precision", "half_precision_vae",
-]  # fmt: skip
+    "CausalPrefill",
+    "CausalStep",
+    "CausalStepInPlace",
+    "InnerCondition",
+    "InnerStep",
+    "MaskedStep",
+    "MixtureSample",
+    "PlainMixtureSample",
+    "TokensToLatents",
+    "VaeDecoder",
+    "VaeEncoder",
+    "half_precision",
+    "half_precision_vae",
+]
 
 # Added to the scores of cache slots that hold nothing yet. Finite, so that a fully masked row stays finite, and
 # within the range of float16 although scores are kept in float32.
@@ -96,17 +107,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.softmax(wide(scores), -1).to(v.dtype) @ v
 
 
-def attend_cached(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, scale: float
-) -> Tensor:
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """One new position against a cache of fixed length, without appending to it (which would copy it).
 
     q, k, v (N, H, 1, d) of the new position; past_k, past_v (N, H, S, d); bias (S,) 0 for slots that are filled and
     MASKED_SCORE for the others -> (N, H, 1, d).
     """
     q = q * scale
-    past_scores = wide(q @ past_k.transpose(2, 3)) + bias                                 # (N, H, 1, S)
-    new_score = wide(q * k).sum(-1, keepdim=True)                                         # (N, H, 1, 1)
+    past_scores = wide(q @ past_k.transpose(2, 3)) + bias  # (N, H, 1, S)
+    new_score = wide(q * k).sum(-1, keepdim=True)  # (N, H, 1, 1)
     weights = torch.softmax(torch.cat([past_scores, new_score], -1), -1).to(v.dtype)
     return weights[..., :-1] @ past_v + weights[..., -1:] * v
 
@@ -185,7 +194,7 @@ class MaskedStep(nn.Module):
             first = outer.decoder_blocks[0]
             assert isinstance(first, Block)
             weight, bias = wide(first.attn.qkv.weight), wide(first.attn.qkv.bias)
-            table = F.linear(layer_norm(unknown, first.norm1), weight, bias)                  # (L, 3C)
+            table = F.linear(layer_norm(unknown, first.norm1), weight, bias)  # (L, 3C)
             self.register_buffer("unknown_qkv", table.to(decoder_pos.dtype).detach())
 
     def forward(
@@ -203,30 +212,30 @@ class MaskedStep(nn.Module):
         predicted = target_positions.shape[0]
 
         x = outer.z_proj(visible_tokens.to(self.encoder_pos.dtype)) + F.embedding(visible_positions, self.encoder_pos)
-        x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)                  # (GB, V, C)
-        prefix = F.embedding(class_rows(labels, self.num_classes), self.class_table).flatten(0, 1)         # (GB, C)
-        prefix = layer_norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)       # (GB, buffer, C)
-        x = torch.cat([prefix, x], 1)                                                         # (GB, buffer + V, C)
+        x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)  # (GB, V, C)
+        prefix = F.embedding(class_rows(labels, self.num_classes), self.class_table).flatten(0, 1)  # (GB, C)
+        prefix = layer_norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)  # (GB, buffer, C)
+        x = torch.cat([prefix, x], 1)  # (GB, buffer + V, C)
         for block in outer.encoder_blocks:
             x = self.block(block, x)
         x = rows_linear(layer_norm(x, outer.encoder_norm), outer.decoder_embed)
 
-        unknown = torch.cat([target_positions, hidden_positions])                                          # (P + U, B)
+        unknown = torch.cat([target_positions, hidden_positions])  # (P + U, B)
         visible_pos = self.per_branch(F.embedding(visible_positions, self.decoder_pos), branches, batch)
         known = torch.cat([x[:, :buffer] + self.decoder_pos_buffer, x[:, buffer:] + visible_pos], 1)
         hidden = self.per_branch(F.embedding(unknown, self.unknown_table), branches, batch)
-        x = torch.cat([hidden, known], 1)                                                     # (GB, S, C), targets first
+        x = torch.cat([hidden, known], 1)  # (GB, S, C), targets first
         for index, block in enumerate(outer.decoder_blocks[:-1]):
             assert isinstance(block, Block)
             qkv = None
             if index == 0:
                 table = self.per_branch(F.embedding(unknown, self.unknown_qkv), branches, batch)
                 rest = rows_linear(layer_norm(known, block.norm1), block.attn.qkv)
-                qkv = torch.cat([table, rest], 1)                                             # (GB, S, 3C)
+                qkv = torch.cat([table, rest], 1)  # (GB, S, 3C)
             x = self.block(block, x, qkv)
-        x = self.last_block(outer.decoder_blocks[-1], x, predicted)                           # (GB, P, C)
+        x = self.last_block(outer.decoder_blocks[-1], x, predicted)  # (GB, P, C)
         z = layer_norm(x, outer.decoder_norm)
-        z = z.unflatten(0, (branches, batch)).transpose(1, 2)                                 # (G, P, B, C)
+        z = z.unflatten(0, (branches, batch)).transpose(1, 2)  # (G, P, B, C)
         out: Tensor = wide((z + F.embedding(target_positions, self.target_pos)).flatten(0, 2))
         return out
 
@@ -289,7 +298,7 @@ class CausalPrefill(nn.Module):
         """labels (N,) int64 -> z (N, C) float32, then per layer keys and values (N, H, buffer, d)."""
         outer = self.outer
         x = F.embedding(class_rows(labels, self.num_classes), self.class_table)[:, None] + self.prefix_pos
-        x = layer_norm(x, outer.z_proj_ln)                                                    # (N, buffer, C)
+        x = layer_norm(x, outer.z_proj_ln)  # (N, buffer, C)
         rows: list[Tensor] = []
         for block in outer.decoder_blocks:
             assert isinstance(block, Block)
@@ -319,7 +328,7 @@ class CausalStep(nn.Module):
         order, buffer = outer.order, config.buffer_size
         known, target = order[:-1], order[1:]
         embed = outer.encoder_pos_embed_learned[0, buffer + known] + outer.target_pos_embed_learned[0, target]
-        self.register_buffer("step_pos", embed.detach())                                      # (L - 1, C)
+        self.register_buffer("step_pos", embed.detach())  # (L - 1, C)
         self.register_buffer("target_pos", outer.diffusion_pos_embed_learned[0, target].detach())
         self.register_buffer("filled", filled_bias(cache_slots(config), buffer, config.seq_len - 1))
 
@@ -329,16 +338,14 @@ class CausalStep(nn.Module):
         -> z (N, C) float32, then per layer the new key and value rows (N, H, 1, d)."""
         outer = self.outer
         x = outer.z_proj(F.embedding(rows, token).to(self.step_pos.dtype)) + F.embedding(position, self.step_pos)
-        x = layer_norm(x, outer.z_proj_ln)[:, None]                                           # (N, 1, C)
-        bias = F.embedding(position, self.filled)[0]                                                       # (S,)
+        x = layer_norm(x, outer.z_proj_ln)[:, None]  # (N, 1, C)
+        bias = F.embedding(position, self.filled)[0]  # (S,)
         new: list[Tensor] = []
         for index, block in enumerate(outer.decoder_blocks):
             assert isinstance(block, Block)
             q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
             past_k, past_v = past[2 * index], past[2 * index + 1]
-            x = x + merge_heads(
-                block.attn, attend_cached(q, k, v, past_k, past_v, bias, head_scale(block.attn))
-            )
+            x = x + merge_heads(block.attn, attend_cached(q, k, v, past_k, past_v, bias, head_scale(block.attn)))
             x = feed_forward(block, x)
             new += [k, v]
         z = layer_norm(x[:, 0], outer.decoder_norm) + F.embedding(position, self.target_pos)
@@ -362,15 +369,15 @@ class CausalStepInPlace(CausalStep):
         """As `CausalStep.forward` -> z (N, C) float32, then per layer keys and values (N, H, S, d), updated."""
         outer = self.outer
         x = outer.z_proj(F.embedding(rows, token).to(self.step_pos.dtype)) + F.embedding(position, self.step_pos)
-        x = layer_norm(x, outer.z_proj_ln)[:, None]                                           # (N, 1, C)
-        bias = F.embedding(position, self.filled)[0]                                                       # (S,)
-        slots = (position + self.buffer).expand(rows.shape[0])                                             # (N,)
+        x = layer_norm(x, outer.z_proj_ln)[:, None]  # (N, 1, C)
+        bias = F.embedding(position, self.filled)[0]  # (S,)
+        slots = (position + self.buffer).expand(rows.shape[0])  # (N,)
         present: list[Tensor] = []
         for index, block in enumerate(outer.decoder_blocks):
             assert isinstance(block, Block)
             q, k, v = split_heads(block.attn, block.attn.qkv(layer_norm(x, block.norm1)))
             k, v = scatter_rows(past[2 * index], k, slots), scatter_rows(past[2 * index + 1], v, slots)
-            scores = wide((q * head_scale(block.attn)) @ k.transpose(2, 3)) + bias                     # (N, H, 1, S)
+            scores = wide((q * head_scale(block.attn)) @ k.transpose(2, 3)) + bias  # (N, H, 1, S)
             x = x + merge_heads(block.attn, torch.softmax(scores, -1).to(v.dtype) @ v)
             x = feed_forward(block, x)
             present += [k, v]
@@ -435,8 +442,8 @@ class InnerStep(nn.Module):
         -> weight, mu, logvar (N, K) float32, then per block the new key and value rows (N, H, 1, d)."""
         inner = self.inner
         x = torch.where(position == 0, start, inner.input_proj(feature.to(start.dtype)))
-        x = (x + F.embedding(position, inner.pos_embedding[0]))[:, None]                                   # (N, 1, W)
-        parts = modulation[:, :, None].unbind(1)                                              # each (N, 1, W)
+        x = (x + F.embedding(position, inner.pos_embedding[0]))[:, None]  # (N, 1, W)
+        parts = modulation[:, :, None].unbind(1)  # each (N, 1, W)
         new: list[Tensor] = []
         for index, block in enumerate(inner.blocks):
             assert isinstance(block, InnerBlock)

@@ -23,9 +23,12 @@ from .pipeline import Pipeline, check_num_iter, check_number
 
 #: What each phase is; they add up to the total.
 PHASES = {
-    "outer": "outer network", "inner": "inner network with sampling", "vae": "VAE decoder",
-    "device": "all graphs, on the device", "python": "Python: loop, noise, PIL images, loading graphs",
-}  # fmt: skip
+    "outer": "outer network",
+    "inner": "inner network with sampling",
+    "vae": "VAE decoder",
+    "device": "all graphs, on the device",
+    "python": "Python: loop, noise, PIL images, loading graphs",
+}
 COLD_PHASES = {"import_s": "import", "open_s": "open and verify", "sessions_s": "load the graphs"}
 CPU_BACKEND = "onnxruntime-cpu"
 
@@ -89,10 +92,19 @@ def bench(
             result["share_of_gemm_peak"] = result["floor_s_per_image"] / result["s_per_image"]
         results.append(result)
     return {
-        "bundle": pipeline.bundle.folder.name, "backend": pipeline.backend.name, "precision": pipeline.precision,
-        "guidance_scale": scale, "threads": threads, "low_memory": low_memory, "repeats": repeats, "machine": machine(),
-        **peaks, "cold_start": cold, "peak_memory_gb": memory, "results": results,
-    }  # fmt: skip
+        "bundle": pipeline.bundle.folder.name,
+        "backend": pipeline.backend.name,
+        "precision": pipeline.precision,
+        "guidance_scale": scale,
+        "threads": threads,
+        "low_memory": low_memory,
+        "repeats": repeats,
+        "machine": machine(),
+        **peaks,
+        "cold_start": cold,
+        "peak_memory_gb": memory,
+        "results": results,
+    }
 
 
 def spread(times: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -102,8 +114,11 @@ def spread(times: Sequence[dict[str, float]]) -> dict[str, Any]:
     phases = {name: seconds for name, seconds in middle.items() if name != "total"}
     phases["python"] = middle["total"] - sum(phases.values())
     return {
-        "s_per_image": middle["total"], "fastest": ordered[0]["total"], "slowest": ordered[-1]["total"], "phases": phases,
-    }  # fmt: skip
+        "s_per_image": middle["total"],
+        "fastest": ordered[0]["total"],
+        "slowest": ordered[-1]["total"],
+        "phases": phases,
+    }
 
 
 def machine_peaks(precision: str, threads: int | None) -> dict[str, float]:
@@ -218,8 +233,11 @@ def backend_text(report: dict[str, Any]) -> str:
 
 def limits_text(report: dict[str, Any]) -> str:
     """The measured limits of the machine as a line; empty where none were measured (on a GPU)."""
-    units = {"gemm_peak_gflops": "fp32 GEMM {:.0f} GFLOP/s", "int8_peak_gops": "int8 GEMM {:.0f} GOP/s",
-             "copy_gb_per_s": "memory copy {:.1f} GB/s"}  # fmt: skip
+    units = {
+        "gemm_peak_gflops": "fp32 GEMM {:.0f} GFLOP/s",
+        "int8_peak_gops": "int8 GEMM {:.0f} GOP/s",
+        "copy_gb_per_s": "memory copy {:.1f} GB/s",
+    }
     found = [text.format(report[key]) for key, text in units.items() if key in report]
     threads = f"{report['threads']} thread" + ("s" if report["threads"] != 1 else "")
     return f"measured limits of {threads}: {', '.join(found)}" if found else ""
@@ -234,17 +252,21 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     old = {(row["batch"], row["num_iter"]): row["s_per_image"] for row in before["results"]}
     results = [
         {
-            "batch": row["batch"], "num_iter": row["num_iter"], "before": known, "after": row["s_per_image"],
+            "batch": row["batch"],
+            "num_iter": row["num_iter"],
+            "before": known,
+            "after": row["s_per_image"],
             "times_faster": known / row["s_per_image"],
         }
         for row in after["results"]
         if (known := old.get((row["batch"], row["num_iter"]))) is not None
-    ]  # fmt: skip
+    ]
     where = before.get("machine", {})
     return {
         **{name: before.get(name, "?") for name in ("bundle", "precision", "backend", "guidance_scale")},
-        **{name: where.get(name, "?") for name in ("cpu", "cores", "date")}, "results": results,
-    }  # fmt: skip
+        **{name: where.get(name, "?") for name in ("cpu", "cores", "date")},
+        "results": results,
+    }
 
 
 def compared_with(against: dict[str, Any]) -> str:
@@ -275,6 +297,16 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 __all__ = [
-    "backend_text", "bench", "cold_start", "compare", "compared_with", "fresh_environment", "fresh_process", "gemm_peak",
-    "machine", "peak_memory", "read_report", "table",
-]  # fmt: skip
+    "backend_text",
+    "bench",
+    "cold_start",
+    "compare",
+    "compared_with",
+    "fresh_environment",
+    "fresh_process",
+    "gemm_peak",
+    "machine",
+    "peak_memory",
+    "read_report",
+    "table",
+]

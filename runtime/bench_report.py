@@ -9,15 +9,21 @@ from typing import Any, NamedTuple
 from .bench import COLD_PHASES, PHASES, backend_text, compared_with, limits_text
 
 COLORS = {
-    "outer": "#1f6feb", "inner": "#d9480f", "vae": "#2b8a3e", "device": "#1f6feb", "python": "#8c959f",
-    "import_s": "#9c36b5", "open_s": "#a07000", "sessions_s": "#1f6feb",
-}  # fmt: skip
+    "outer": "#1f6feb",
+    "inner": "#d9480f",
+    "vae": "#2b8a3e",
+    "device": "#1f6feb",
+    "python": "#8c959f",
+    "import_s": "#9c36b5",
+    "open_s": "#a07000",
+    "sessions_s": "#1f6feb",
+}
 INK, GREY = "#1c2128", "#57606a"
 # Floors on the bars: the result's key, what it is called, the dashes of its line.
 FLOORS = (
     ("floor_s_per_image", "at least, for the operations", ""),
     ("memory_floor_s_per_image", "at least, for reading the weights", "3 2"),
-)  # fmt: skip
+)
 FLOOR_NOTE = (
     "At least: the operations at the measured peak of matrix products; the weights, read once per outer step of a batch, "
     "at the measured bandwidth of memory. Norms, activations and the draw from the mixtures are not counted. What fits the "
@@ -52,10 +58,15 @@ def render(report: dict[str, Any]) -> str:
         f"<h1>{_text(name)}</h1>",
         f"<p>{_text(where['cpu'])}, {where['cores']} cores; {_text(versions)}; {_text(where['date'])}<br>"
         f"guidance {report['guidance_scale']:g}, median of {report['repeats']} rounds, peak memory {memory:.2f} GB"
-        + (f"<br>{_text(limits)}" if limits else "") + "</p>",
-        "<h2>Time per image</h2>", _times(results, unit), _table(results, unit), f"<p>{FLOOR_NOTE}</p>" if limits else "",
-        "<h2>Cold start</h2><p>A fresh process, until it can generate.</p>", _cold_start(report["cold_start"]),
-    ]  # fmt: skip
+        + (f"<br>{_text(limits)}" if limits else "")
+        + "</p>",
+        "<h2>Time per image</h2>",
+        _times(results, unit),
+        _table(results, unit),
+        f"<p>{FLOOR_NOTE}</p>" if limits else "",
+        "<h2>Cold start</h2><p>A fresh process, until it can generate.</p>",
+        _cold_start(report["cold_start"]),
+    ]
     if against := report.get("against"):
         parts.append(f"<h2>Times faster</h2><p>than {_text(compared_with(against))}</p>{_ratios(against['results'], unit)}")
     return "\n".join(parts) + "\n</html>\n"

@@ -165,9 +165,7 @@ class Manifest:
         try:
             manifest = cls(
                 config=ArinarConfig.from_dict(data["config"]),
-                graphs={
-                    p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()
-                },
+                graphs={p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()},
                 files={name: FileInfo(int(f["size"]), str(f["sha256"])) for name, f in data["files"].items()},
                 defaults=Defaults(**data["defaults"]),
                 num_candidates=int(data["num_candidates"]),
@@ -222,9 +220,7 @@ class Bundle:
             raise BundleError(f"{name!r} leads out of the bundle {self.folder}; do not trust it")
         return path
 
-    def verify(
-        self, names: list[str] | None = None, progress: Callable[[str], None] | None = None
-    ) -> None:
+    def verify(self, names: list[str] | None = None, progress: Callable[[str], None] | None = None) -> None:
         """Compare size and hash of files (all, or the named ones). Raises BundleError naming the first bad one."""
         for name in sorted(self.manifest.files) if names is None else names:
             path, info = self.path(name), self.manifest.files[name]

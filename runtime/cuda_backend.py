@@ -81,9 +81,7 @@ class CudaBackend:
     name = "cuda"
     synchronous = False
 
-    def __init__(
-        self, bundle: Bundle, precision: str, *, cuda_graphs: bool, device: int = 0, cuda: Cuda | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, precision: str, *, cuda_graphs: bool, device: int = 0, cuda: Cuda | None = None) -> None:
         self.cuda = cuda if cuda is not None else Cuda(device)
         self.cuda_graphs = cuda_graphs
         self._bundle, self._precision = bundle, precision
@@ -105,9 +103,7 @@ class CudaBackend:
     def parts(self, graph: str, rows: int) -> int:
         return 1
 
-    def launch_all(
-        self, graph: str, jobs: Sequence[tuple[Mapping[str, DeviceBuffer], Mapping[str, DeviceBuffer]]]
-    ) -> None:
+    def launch_all(self, graph: str, jobs: Sequence[tuple[Mapping[str, DeviceBuffer], Mapping[str, DeviceBuffer]]]) -> None:
         for inputs, outputs in jobs:
             self.launch(graph, inputs, outputs)
 
@@ -155,9 +151,7 @@ class CudaBackend:
         if rows.shape != (outer, heads, count, width) or rows.dtype != target.dtype or not 0 <= slot <= slots - count:
             raise ValueError(f"rows {rows.shape} {rows.dtype} do not fit slot {slot} of {target.shape} {target.dtype}")
         element = width * target.dtype.itemsize
-        self.cuda.copy_rows(
-            rows.pointer, target.pointer + slot * element, count * element, outer * heads, slots * element
-        )
+        self.cuda.copy_rows(rows.pointer, target.pointer + slot * element, count * element, outer * heads, slots * element)
 
     def _pool(self, purpose: str, nbytes: int) -> DeviceBuffer:
         """Memory that launches use one after another, in sizes of powers of two. It stays where it is: captured graphs
@@ -286,6 +280,4 @@ def _destroy_graphs(cuda: Cuda, sequences: Mapping[Any, Recording]) -> None:
 def check_buffer(graph: str, name: str, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: Any) -> None:
     """Raise CudaError where a buffer is not what the library is going to read or write there."""
     if buffer.shape != shape or buffer.dtype != np.dtype(dtype):
-        raise CudaError(
-            f"graph {graph!r}: {name!r} is {np.dtype(dtype)} {shape}, its buffer is {buffer.dtype} {buffer.shape}"
-        )
+        raise CudaError(f"graph {graph!r}: {name!r} is {np.dtype(dtype)} {shape}, its buffer is {buffer.dtype} {buffer.shape}")

@@ -103,9 +103,15 @@ class EngineInfo:
                 profiles[str(name)] = (least, usual, most)
             architectures = tuple(str(item) for item in data["compute_capability"])
             flags = dict(data["flags"])
-            return cls(**data | {
-                "batch": (low, best, high), "profiles": profiles, "compute_capability": architectures, "flags": flags,
-            })  # fmt: skip
+            return cls(
+                **data
+                | {
+                    "batch": (low, best, high),
+                    "profiles": profiles,
+                    "compute_capability": architectures,
+                    "flags": flags,
+                }
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not an engine's sidecar ({error!r})") from error
 
@@ -176,9 +182,7 @@ def list_engines(bundle: Bundle, problems: list[str] | None = None) -> list[Engi
     return found
 
 
-def mismatch(
-    info: EngineInfo, *, module: str, version: str, compute_capability: str, onnx_sha256: str
-) -> str | None:
+def mismatch(info: EngineInfo, *, module: str, version: str, compute_capability: str, onnx_sha256: str) -> str | None:
     """Why this engine cannot run on a machine with that library and GPU, or None when it can.
 
     compute_capability : of the GPU, e.g. "9.0".
@@ -238,9 +242,12 @@ def find_engines(
             if engine.info.graph != graph:
                 continue
             why = mismatch(
-                engine.info, module=module, version=version, compute_capability=compute_capability,
+                engine.info,
+                module=module,
+                version=version,
+                compute_capability=compute_capability,
                 onnx_sha256=expected,
-            )  # fmt: skip
+            )
             if why is not None:
                 refused.append(f"{engine.path.parent.name}: {why}")
             elif graph not in chosen or _preferred(engine.info) > _preferred(chosen[graph].info):
@@ -274,6 +281,17 @@ def fits(info: EngineInfo, shapes: Mapping[str, Shape]) -> str | None:
 
 
 __all__ = [
-    "ENGINES", "MODULES", "RUNTIME_ONLY", "Engine", "EngineError", "EngineInfo", "build_command", "engine_key",
-    "find_engines", "fits", "graph_hash", "list_engines", "mismatch",
-]  # fmt: skip
+    "ENGINES",
+    "MODULES",
+    "RUNTIME_ONLY",
+    "Engine",
+    "EngineError",
+    "EngineInfo",
+    "build_command",
+    "engine_key",
+    "find_engines",
+    "fits",
+    "graph_hash",
+    "list_engines",
+    "mismatch",
+]

@@ -114,28 +114,26 @@ def plain_law(mixture: Float64, temperature: float) -> Law:
     weight, mu, logvar = mixture
     std = np.exp(0.5 * logvar) * temperature
     edges = _mesh(mu, std)
-    z = (_middle(edges)[:, None] - mu[..., None]) / std[..., None]                        # (N, K, P)
+    z = (_middle(edges)[:, None] - mu[..., None]) / std[..., None]  # (N, K, P)
     width = np.diff(edges)[:, None] / std[..., None]
     pdf = np.exp(-0.5 * z**2) * (weight[..., None] * _PDF_AT_0)
-    mass = (pdf * width * (1 + (z**2 - 1) * width**2 / 24)).sum(1)                        # (N, P)
+    mass = (pdf * width * (1 + (z**2 - 1) * width**2 / 24)).sum(1)  # (N, P)
     return Law(edges, np.maximum(mass, TINY))
 
 
-def guided_law(
-    plain: Law, cond: Float64, uncond: Float64, guidance_scale: float, num_candidates: int = NUM_CANDIDATES
-) -> Law:
+def guided_law(plain: Law, cond: Float64, uncond: Float64, guidance_scale: float, num_candidates: int = NUM_CANDIDATES) -> Law:
     """Law of a guided draw from proposals of law ``plain``; num_candidates >= 2, mixtures (3, N, K)."""
     edges, mass = plain
     x = _middle(edges)
-    log_w = (_log_density(x, cond) - _log_density(x, uncond)) * (guidance_scale - 1)      # (N, P)
+    log_w = (_log_density(x, cond) - _log_density(x, uncond)) * (guidance_scale - 1)  # (N, P)
 
-    log_t = _search_nodes(log_w, mass, node_plan(num_candidates))                         # (N, NODES)
+    log_t = _search_nodes(log_w, mass, node_plan(num_candidates))  # (N, NODES)
     hit = -np.expm1(-np.exp(np.clip(log_t[..., None] + log_w[:, None], LOG_TW_MIN, LOG_TW_MAX)))
-    reached = (hit @ mass[..., None])[..., 0]                                             # the B(t_i)
+    reached = (hit @ mass[..., None])[..., 0]  # the B(t_i)
     # With hit straight between B = 0, the nodes, and B = 1, where it is 0 and 1, the integral is a sum of its
     # increments, each times the mean downward slope of (1 - B)^N over the step.
     grid = np.pad(np.pad(reached, ((0, 0), (1, 0))), ((0, 0), (0, 1)), constant_values=1.0)
-    slope = -np.diff((1 - grid) ** num_candidates) / np.maximum(np.diff(grid), TINY)      # (N, NODES + 1)
+    slope = -np.diff((1 - grid) ** num_candidates) / np.maximum(np.diff(grid), TINY)  # (N, NODES + 1)
     share = slope[:, :-1] - slope[:, 1:]
     return Law(edges, mass * ((share[:, None] @ hit)[:, 0] + slope[:, -1:]))
 
@@ -149,7 +147,7 @@ def quantile(law: Law, uniforms: Float64) -> Float64:
     edges, width = law.edges, np.diff(law.edges)
     mass = np.maximum(law.mass, TINY)
     beside = np.pad(mass / np.maximum(width, TINY), ((0, 0), (1, 1)), mode="edge")
-    lean = np.clip(beside[:, :-2] / beside[:, 2:], 1 / MAX_LEAN, MAX_LEAN) ** 0.25        # sqrt(d0 / d1)
+    lean = np.clip(beside[:, :-2] / beside[:, 2:], 1 / MAX_LEAN, MAX_LEAN) ** 0.25  # sqrt(d0 / d1)
     cdf = np.cumsum(mass, 1)
     wanted = uniforms * cdf[:, -1:]
     draws: Float64 = np.empty(wanted.shape)
@@ -167,7 +165,7 @@ def _mesh(mu: Float64, std: Float64) -> Float64:
     count(x) = sum_k clip((x - mu_k) / std_k, -REACH, REACH) is increasing and piecewise linear with 2K kinks;
     the edges are its inverse at even steps. So cells are finest where Gaussians are narrow or overlap.
     """
-    kinks = np.sort(np.concatenate([mu - REACH * std, mu + REACH * std], 1), 1)           # (N, 2K)
+    kinks = np.sort(np.concatenate([mu - REACH * std, mu + REACH * std], 1), 1)  # (N, 2K)
     z = (kinks[..., None] - mu[:, None]) / std[:, None]
     return _inverse(kinks, np.clip(z, -REACH, REACH).sum(-1), mesh_targets(mu.shape[1]))
 
@@ -178,7 +176,7 @@ def _inverse(x: Float64, y: Float64, wanted: Float64) -> Float64:
     Held at the ends. A sum of ramps, not a search, so that the same code fits a graph.
     """
     rise = np.maximum(np.diff(y), SMALL)
-    ramp = np.clip((wanted[:, None] - y[:, None, :-1]) / rise[:, None], 0, 1)             # (N, W, T - 1)
+    ramp = np.clip((wanted[:, None] - y[:, None, :-1]) / rise[:, None], 0, 1)  # (N, W, T - 1)
     return np.asarray(x[:, :1] + (ramp @ np.diff(x)[..., None])[..., 0], np.float64)
 
 
@@ -190,7 +188,7 @@ def _search_nodes(log_w: Float64, mass: Float64, plan: NodePlan) -> Float64:
     soft_min = bottom - np.log((mass * np.exp(SOFT_MIN * (bottom - log_w))).sum(1, keepdims=True)) / SOFT_MIN
     first, last = plan.targets[0] - log_mean, plan.offset - soft_min
     growth = np.log1p(np.maximum(last - first, 1.0) / EVEN_RANGE)
-    log_t = last - EVEN_RANGE * np.expm1(np.linspace(1, 0, TABLE_NODES) * growth)         # (N, TABLE_NODES)
+    log_t = last - EVEN_RANGE * np.expm1(np.linspace(1, 0, TABLE_NODES) * growth)  # (N, TABLE_NODES)
     logit = np.clip(log_t[..., None] + log_w[:, None], -LOGIT_MAX, LOGIT_MAX)
     entry = np.log(((1 / (1 + np.exp(-logit))) @ mass[..., None])[..., 0])
     return _inverse(log_t, entry, plan.targets)
@@ -205,7 +203,7 @@ def _log_density(x: Float64, mixture: Float64) -> Float64:
     weight, mu, logvar = mixture
     scale = np.exp(-0.5 * logvar) * _SQRT_HALF
     peak = np.log(np.maximum(weight, TINY)) - 0.5 * logvar
-    terms = peak[..., None] - ((x[:, None] - mu[..., None]) * scale[..., None]) ** 2      # (N, K, P)
+    terms = peak[..., None] - ((x[:, None] - mu[..., None]) * scale[..., None]) ** 2  # (N, K, P)
     top = terms.max(1)
     return np.asarray(top + np.log(np.exp(terms - top[:, None]).sum(1)), np.float64)
 
@@ -232,8 +230,7 @@ def _check_mixture(name: str, mixture: Mixture, shape: tuple[int, ...] | None = 
     if wrong.any():
         row = int(wrong.argmax())
         raise ValueError(
-            f"{name} weight of row {row} is {weight[row]}, sum {weight[row].sum():.6g}; "
-            "expected weights >= 0 that sum to 1"
+            f"{name} weight of row {row} is {weight[row]}, sum {weight[row].sum():.6g}; expected weights >= 0 that sum to 1"
         )
     return stacked
 

@@ -125,9 +125,7 @@ class Loop:
     per feature with an explicit KV cache; both give the same tokens.
     """
 
-    def __init__(
-        self, backend: Backend, graphs: dict[str, GraphInfo], config: ArinarConfig, inner: str = "fused"
-    ) -> None:
+    def __init__(self, backend: Backend, graphs: dict[str, GraphInfo], config: ArinarConfig, inner: str = "fused") -> None:
         if inner not in INNER_MODES:
             raise ValueError(f"inner is {inner!r}; choose one of {', '.join(INNER_MODES)}")
         check_graphs(graphs, config)
@@ -254,7 +252,7 @@ class Loop:
         """Upload what a micro-batch needs; nothing more goes up until it is finished."""
         write = self.backend.write
         both = np.stack([labels, np.full_like(labels, -1)])[: state.branches]
-        by_position = np.take_along_axis(noise.uniforms, noise.order[:, :, None, None], 1)    # (B, L, D, U)
+        by_position = np.take_along_axis(noise.uniforms, noise.order[:, :, None, None], 1)  # (B, L, D, U)
         # Stepwise, one feature of a step's tokens must be contiguous; fused, all features of a token.
         layout = (1, 0, 2, 3) if self.inner == "fused" else (2, 1, 0, 3)
         write(state.order, noise.order.T)
@@ -375,8 +373,8 @@ class Loop:
         scalars = {"temperature": state.temperature}
         if state.guided:
             scalars["guidance_scale"] = state.scale(step)
-        uniforms = state.uniforms[step.remaining : step.masked]                               # (P, B, D, U)
-        target = state.tokens[step.remaining : step.masked]                                   # (P, B, D)
+        uniforms = state.uniforms[step.remaining : step.masked]  # (P, B, D, U)
+        target = state.tokens[step.remaining : step.masked]  # (P, B, D)
         parts, features = self.backend.parts(graph, state.batch), self.config.token_dim
         if parts == 1:
             count = step.count * state.batch
@@ -387,14 +385,16 @@ class Loop:
         jobs = []
         for images in divided(state.batch, parts):
             made = np.empty((step.count * (images.stop - images.start), features), np.float32)
-            jobs.append((
-                {
-                    "z": rows[:, :, images].reshape(-1, z.shape[-1]),
-                    "uniforms": uniforms[:, images].reshape(len(made), features, -1),
-                    **scalars,
-                },
-                {"tokens": made},
-            ))  # fmt: skip
+            jobs.append(
+                (
+                    {
+                        "z": rows[:, :, images].reshape(-1, z.shape[-1]),
+                        "uniforms": uniforms[:, images].reshape(len(made), features, -1),
+                        **scalars,
+                    },
+                    {"tokens": made},
+                )
+            )
         self.backend.launch_all(graph, jobs)
         target[...] = np.concatenate([made["tokens"].reshape(step.count, -1, features) for _, made in jobs], 1)
 

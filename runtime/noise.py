@@ -42,9 +42,7 @@ class Noise:
             generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
             # The permutation is drawn for causal models too, so that both kinds draw alike.
             orders.append(generator.permutation(config.seq_len))
-            uniforms.append(
-                generator.random((config.seq_len, config.token_dim, NUM_UNIFORMS), dtype=np.float32)
-            )
+            uniforms.append(generator.random((config.seq_len, config.token_dim, NUM_UNIFORMS), dtype=np.float32))
         shape = (len(indices), config.seq_len)
         order = np.array(orders, np.int64).reshape(shape)
         if config.outer == "causal":

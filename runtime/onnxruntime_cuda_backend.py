@@ -63,9 +63,7 @@ class OnnxRuntimeCuda(CudaBackend):
         cuda: Cuda | None = None,
     ) -> None:
         self._ort = load_onnxruntime()
-        super().__init__(
-            bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, False), device=device, cuda=cuda
-        )
+        super().__init__(bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, False), device=device, cuda=cuda)
         self._sessions: dict[str, Any] = {}
         self._options = self._ort.SessionOptions()
         self._options.log_severity_level = log_severity

@@ -61,13 +61,13 @@ def product_model(weight: npt.NDArray[Any]) -> bytes:
     rows, columns = weight.shape
 
     def tensor(name: str, element: int) -> bytes:
-        shape = _message((1, _message((1, rows))), (1, _message((1, columns))))               # dim { dim_value }
-        return _message((1, name), (2, _message((1, _message((1, element), (2, shape))))))    # name, type { tensor_type }
+        shape = _message((1, _message((1, rows))), (1, _message((1, columns))))  # dim { dim_value }
+        return _message((1, name), (2, _message((1, _message((1, element), (2, shape))))))  # name, type { tensor_type }
 
-    node = _message((1, "a"), (1, "b"), (2, "c"), (4, op))                                    # input, output, op_type
-    b = _message((1, rows), (1, columns), (2, of_b), (8, "b"), (9, weight.tobytes()))         # dims, data_type, name, raw_data
+    node = _message((1, "a"), (1, "b"), (2, "c"), (4, op))  # input, output, op_type
+    b = _message((1, rows), (1, columns), (2, of_b), (8, "b"), (9, weight.tobytes()))  # dims, data_type, name, raw_data
     graph = _message((1, node), (2, "product"), (5, b), (11, tensor("a", of_a)), (12, tensor("c", of_c)))
-    return _message((1, 8), (7, graph), (8, _message((2, 17))))                               # ir_version, graph, opset_import
+    return _message((1, 8), (7, graph), (8, _message((2, 17))))  # ir_version, graph, opset_import
 
 
 def _message(*fields: tuple[int, int | str | bytes]) -> bytes:

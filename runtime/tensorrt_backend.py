@@ -59,17 +59,19 @@ class TensorRt(CudaBackend):
         device: int = 0,
         cuda: Cuda | None = None,
     ) -> None:
-        super().__init__(
-            bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, True), device=device, cuda=cuda
-        )
+        super().__init__(bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, True), device=device, cuda=cuda)
         capability = self.cuda.info.compute_capability
         self.module = choose_module(bundle, precision, capability, module)
         self._trt = load_library(self.module)
         self._log = message_log(self._trt)
         self._found = functools.partial(
-            find_engines, bundle, module=self.module, version=self._trt.__version__,
-            compute_capability=capability, precision=precision,
-        )  # fmt: skip
+            find_engines,
+            bundle,
+            module=self.module,
+            version=self._trt.__version__,
+            compute_capability=capability,
+            precision=precision,
+        )
         self._runtime: Any = self._trt.Runtime(self._log)
         if self._runtime is None:
             raise CudaError(f"{self.module} cannot start: {self._log.recent()}")
@@ -278,9 +280,13 @@ def choose_module(bundle: Bundle, precision: str, compute_capability: str, modul
         try:
             library = load_library(name)
             find_engines(
-                bundle, ALWAYS, module=name, version=library.__version__,
-                compute_capability=compute_capability, precision=precision,
-            )  # fmt: skip
+                bundle,
+                ALWAYS,
+                module=name,
+                version=library.__version__,
+                compute_capability=compute_capability,
+                precision=precision,
+            )
             return name
         except BundleError as error:
             refusals.append(str(error))

@@ -47,12 +47,15 @@ class Worklist:
         settings = {
             name: getattr(defaults, name) if value is None else value
             for name, value in {
-                "guidance_scale": None, "cfg_schedule": None, "temperature": None, **sampling, "num_iter": self.num_iter,
+                "guidance_scale": None,
+                "cfg_schedule": None,
+                "temperature": None,
+                **sampling,
+                "num_iter": self.num_iter,
             }.items()
-        }  # fmt: skip
+        }
         self.metadata = [
-            settings
-            | {"seed": seed, "index": index, "label": label, "precision": pipeline.precision, "bundle": manifest[:16]}
+            settings | {"seed": seed, "index": index, "label": label, "precision": pipeline.precision, "bundle": manifest[:16]}
             for index, label in enumerate(self.labels)
         ]
         self.missing: list[int] = []
@@ -77,9 +80,12 @@ class Worklist:
                     on_steps(count)
 
             made = self.pipeline.generate(
-                [self.labels[i] for i in indices], noise=noise, batch_size=self.batch_size, callback=step,
+                [self.labels[i] for i in indices],
+                noise=noise,
+                batch_size=self.batch_size,
+                callback=step,
                 **self.sampling,
-            )  # fmt: skip
+            )
             for index, image in zip(indices, made.images, strict=True):
                 save_png(image, self.paths[index], self.metadata[index])
             for phase, seconds in made.timings.items():

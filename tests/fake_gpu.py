@@ -293,9 +293,15 @@ def compute(
 
 
 def make_engines(
-    bundle: Bundle, *, module: str = "tensorrt", version: str = "11.4.0", precision: str = "fp32",
-    batch: tuple[int, int, int] = (1, 2, 64), compute_capability: tuple[str, ...] = (CAPABILITY,), **flags: Any,
-) -> Path:  # fmt: skip
+    bundle: Bundle,
+    *,
+    module: str = "tensorrt",
+    version: str = "11.4.0",
+    precision: str = "fp32",
+    batch: tuple[int, int, int] = (1, 2, 64),
+    compute_capability: tuple[str, ...] = (CAPABILITY,),
+    **flags: Any,
+) -> Path:
     """Engines as `arinar build` lays them out, that hold nothing but the path of their graph."""
     folder = bundle.folder / "engines" / engine_key(module, version, compute_capability, precision, bool(flags))
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,10 +309,19 @@ def make_engines(
         path = folder / f"{name}.engine"
         path.write_text(json.dumps({"graph": graph.to_dict(), "onnx": str(bundle.path(graph.file)), "most": batch[2]}))
         info = EngineInfo(
-            graph=name, precision=precision, module=module, version=version, compute_capability=compute_capability,
-            onnx_sha256=graph_hash(bundle, precision, name), opset=graph.opset, batch=batch, profiles={}, flags=flags,
-            size=path.stat().st_size, sha256=file_sha256(path),
-        )  # fmt: skip
+            graph=name,
+            precision=precision,
+            module=module,
+            version=version,
+            compute_capability=compute_capability,
+            onnx_sha256=graph_hash(bundle, precision, name),
+            opset=graph.opset,
+            batch=batch,
+            profiles={},
+            flags=flags,
+            size=path.stat().st_size,
+            sha256=file_sha256(path),
+        )
         path.with_suffix(".json").write_text(info.to_json())
     return folder
 

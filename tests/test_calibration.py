@@ -279,11 +279,14 @@ def test_the_command_checks_its_arguments_before_it_exports_a_checkpoint(tmp_pat
     pytest.importorskip("torch")
     out = tmp_path / "x.json"
     for words, message in (
-        (["digits", "--num-images", "2"], "num_images is 2"), (["digits", "--labels", "3,12"], "label 12 is out of range"),
-        (["digits", "--budget-kl", "0"], "budget_kl is 0.0"), (["digits", "--precision", "int4"], "precision is 'int4'"),
-        (["digits-causal", "--num-iter", "3"], "num_iter is 3"), ([str(tmp_path / "none")], "there is no bundle or checkpoint"),
+        (["digits", "--num-images", "2"], "num_images is 2"),
+        (["digits", "--labels", "3,12"], "label 12 is out of range"),
+        (["digits", "--budget-kl", "0"], "budget_kl is 0.0"),
+        (["digits", "--precision", "int4"], "precision is 'int4'"),
+        (["digits-causal", "--num-iter", "3"], "num_iter is 3"),
+        ([str(tmp_path / "none")], "there is no bundle or checkpoint"),
         ([str(tmp_path), "--vae", "digits"], "a bundle has its own"),
-    ):  # fmt: skip
+    ):
         result = CliRunner().invoke(main, ["calibrate", *words, "-o", str(out)])
         assert result.exit_code == 2 and message in result.stderr and "tracing" not in result.stderr, result.output
     assert not list(tmp_path.iterdir())
@@ -360,9 +363,7 @@ def test_search_keeps_within_the_budget_and_wastes_little() -> None:
     assert set(search(evaluator, plans, ranking, 5.2)[0]) == {"b", "d", "e"}
 
 
-def test_calibrate_writes_a_file_that_export_reads(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrate_writes_a_file_that_export_reads(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from arinar.export.quantize import Calibration, quantize_bundle
     from arinar.runtime import Pipeline

@@ -36,25 +36,59 @@ State = dict[str, Tensor]
 
 # The smallest model whose outer width is a published one, so that its heads need no config.
 CONFIG = ArinarConfig(
-    img_size=32, num_classes=3, buffer_size=2, encoder_width=768, encoder_depth=1, encoder_heads=12,
-    decoder_width=768, decoder_depth=1, decoder_heads=12, mlp_ratio=0.0625,
-    inner_width=32, inner_depth=1, inner_heads=4, inner_mlp_ratio=2.0, default_num_iter=4,
-)  # fmt: skip
+    img_size=32,
+    num_classes=3,
+    buffer_size=2,
+    encoder_width=768,
+    encoder_depth=1,
+    encoder_heads=12,
+    decoder_width=768,
+    decoder_depth=1,
+    decoder_heads=12,
+    mlp_ratio=0.0625,
+    inner_width=32,
+    inner_depth=1,
+    inner_heads=4,
+    inner_mlp_ratio=2.0,
+    default_num_iter=4,
+)
 SMALL = CONFIG.replace(
-    encoder_width=8, encoder_heads=2, decoder_width=8, decoder_heads=4, inner_width=16, inner_heads=4,
-    mlp_ratio=1.0, class_names=("a", "b", "c"), latent_scale=tuple(range(1, 17)), latent_shift=0.5,
-)  # fmt: skip
+    encoder_width=8,
+    encoder_heads=2,
+    decoder_width=8,
+    decoder_heads=4,
+    inner_width=16,
+    inner_heads=4,
+    mlp_ratio=1.0,
+    class_names=("a", "b", "c"),
+    latent_scale=tuple(range(1, 17)),
+    latent_shift=0.5,
+)
 CAUSAL = SMALL.replace(outer="causal", encoder_depth=0, order=(3, 1, 0, 2))
 TINY = ArinarConfig(
-    img_size=16, vae_stride=4, num_classes=10, buffer_size=8,
-    encoder_width=64, encoder_depth=2, encoder_heads=4,
-    decoder_width=64, decoder_depth=2, decoder_heads=4, inner_width=64, inner_depth=2, inner_heads=4,
+    img_size=16,
+    vae_stride=4,
+    num_classes=10,
+    buffer_size=8,
+    encoder_width=64,
+    encoder_depth=2,
+    encoder_heads=4,
+    decoder_width=64,
+    decoder_depth=2,
+    decoder_heads=4,
+    inner_width=64,
+    inner_depth=2,
+    inner_heads=4,
     default_num_iter=16,
-)  # fmt: skip
+)
 VAE = VaeConfig(
-    embed_dim=4, channels=8, channel_multipliers=(1, 2), num_res_blocks=1, encoder_attention_levels=(1,),
+    embed_dim=4,
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    encoder_attention_levels=(1,),
     norm_groups=4,
-)  # fmt: skip
+)
 
 
 def random_module(config: ArinarConfig | VaeConfig, seed: int = 0) -> Any:
@@ -74,10 +108,22 @@ def published() -> State:
 def arguments(**changes: Any) -> argparse.Namespace:
     """Saved args of the later version; ``name=None`` takes an entry out."""
     entries = {
-        "model": "mar_base", "img_size": 32, "vae_stride": 16, "patch_size": 1, "vae_embed_dim": 16,
-        "class_num": 3, "buffer_size": 2, "num_gaussians": 4, "inner_ar_width": 32, "inner_ar_depth": 1,
-        "head_type": "ar_gmm", "feature_group": 1, "use_nf": False, "cached_path": "mar_cache", "lr": 1e-4,
-    }  # fmt: skip
+        "model": "mar_base",
+        "img_size": 32,
+        "vae_stride": 16,
+        "patch_size": 1,
+        "vae_embed_dim": 16,
+        "class_num": 3,
+        "buffer_size": 2,
+        "num_gaussians": 4,
+        "inner_ar_width": 32,
+        "inner_ar_depth": 1,
+        "head_type": "ar_gmm",
+        "feature_group": 1,
+        "use_nf": False,
+        "cached_path": "mar_cache",
+        "lr": 1e-4,
+    }
     entries.update(changes)
     return argparse.Namespace(**{name: value for name, value in entries.items() if value is not None})
 
@@ -87,9 +133,14 @@ def container(path: Path, state: State, **entries: Any) -> Path:
     averaged = {name: nn.Parameter(value.clone()) for name, value in state.items()}
     plain = {name: value + 1 for name, value in state.items()}
     content = {
-        "model": plain, "model_ema": averaged, "optimizer": {"state": {}, "param_groups": []}, "epoch": 7,
-        "scaler": {"scale": 1.0}, "args": arguments(), **entries,
-    }  # fmt: skip
+        "model": plain,
+        "model_ema": averaged,
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 7,
+        "scaler": {"scale": 1.0},
+        "args": arguments(),
+        **entries,
+    }
     torch.save({name: value for name, value in content.items() if value is not None}, path)
     return path
 
@@ -276,10 +327,14 @@ def test_bare_weights_warn_of_the_guess(tmp_path: Path, published: State, ending
 def test_guesses_of_inner_heads() -> None:
     """Sizes that one version alone had decide; the published base fits both and came from the first."""
     for outer, inner, heads in [
-        ((768, 14), (768, 1), 4), ((1024, 16), (768, 1), 4), ((1280, 20), (768, 1), 4),
-        ((768, 14), (1024, 1), 16), ((1024, 18), (768, 1), 16), ((1280, 22), (1024, 1), 16),
+        ((768, 14), (768, 1), 4),
+        ((1024, 16), (768, 1), 4),
+        ((1280, 20), (768, 1), 4),
+        ((768, 14), (1024, 1), 16),
+        ((1024, 18), (768, 1), 16),
+        ((1280, 22), (1024, 1), 16),
         ((768, 14), (768, 2), 16),
-    ]:  # fmt: skip
+    ]:
         assert checkpoint._guess_heads(outer, inner)[0] == heads
 
 
@@ -442,8 +497,14 @@ def vae_checkpoint(path: Path, state: State, nested: str) -> Path:
 @pytest.mark.parametrize("nested", ["", "model", "state_dict"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_vae_containers(tmp_path: Path, silent: None, nested: str, dtype: torch.dtype) -> None:
-    config = VaeConfig(embed_dim=4, channels=32, channel_multipliers=(1, 2), num_res_blocks=1,
-                       encoder_attention_levels=(1,), decoder_attention_levels=(0,))  # fmt: skip
+    config = VaeConfig(
+        embed_dim=4,
+        channels=32,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        encoder_attention_levels=(1,),
+        decoder_attention_levels=(0,),
+    )
     state = {name: value.to(dtype) for name, value in random_module(config).state_dict().items()}
     path = vae_checkpoint(tmp_path / "kl16.ckpt", state, nested)
     vae = load_vae(path)
@@ -459,9 +520,12 @@ def test_golden_vae(golden: Path, silent: None) -> None:
     config = json.loads((golden / "tiny_vae" / "config.json").read_text())
     vae = load_vae(golden / "tiny_vae" / "weights.safetensors")
     assert vae.config == VaeConfig(
-        embed_dim=16, channels=config["ch"], channel_multipliers=config["ch_mult"], num_res_blocks=1,
+        embed_dim=16,
+        channels=config["ch"],
+        channel_multipliers=config["ch_mult"],
+        num_res_blocks=1,
         encoder_attention_levels=config["encoder_attn_levels"],
-    )  # fmt: skip
+    )
     assert sum(parameter.numel() for parameter in vae.parameters()) == config["params"]
 
 

@@ -103,9 +103,14 @@ def assert_same(have: Any, want: Any) -> None:
 @pytest.mark.parametrize("inner", ["fused", "stepwise"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_the_cpus_bit_for_bit(
-    bundles: dict[str, Path], runtime: FakeCudaRuntime, trt: Any, kind: str, inner: str, backend: str,
+    bundles: dict[str, Path],
+    runtime: FakeCudaRuntime,
+    trt: Any,
+    kind: str,
+    inner: str,
+    backend: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     # 0: warm-up, 1: captured, 2: replayed, with other seeds, labels, guidance: those are data.
     calls: list[dict[str, Any]] = [
         {"labels": LABELS, "seed": 1, "guidance_scale": 2.5},
@@ -252,9 +257,7 @@ def test_long_sequences_become_several_graphs(
 
 
 @pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_a_failed_capture_falls_back_with_one_warning(
-    digits: Path, runtime: FakeCudaRuntime, trt: Any, call: str
-) -> None:
+def test_a_failed_capture_falls_back_with_one_warning(digits: Path, runtime: FakeCudaRuntime, trt: Any, call: str) -> None:
     want = cpu(digits).generate(LABELS, seed=5, num_iter=3)
     pipeline = gpu(digits, runtime)
     pipeline.generate(LABELS, seed=4, num_iter=3)
@@ -406,13 +409,22 @@ def test_the_real_bindings_take_our_arguments() -> None:
     cuda._unfinished, cuda._freed_in_capture = [], []
     graph, event = real.cudaGraphExec_t(0), real.cudaEvent_t(0)
     for call in (
-        lambda: cuda.malloc(300), lambda: cuda._copy(512, 1024, 8, "HostToDevice"), lambda: cuda.copy(512, 1024, 8),
-        lambda: cuda.copy_rows(512, 1024, 8, 2, 16), lambda: cuda.call("cudaMemsetAsync", 512, 0, 8, cuda._stream),
-        cuda.synchronize, cuda.begin_capture, cuda.end_capture, lambda: cuda.launch_graph(graph),
-        lambda: cuda.call("cudaGraphExecDestroy", graph), lambda: cuda.call("cudaGraphInstantiate", real.cudaGraph_t(0), 0),
-        cuda.record_event, lambda: cuda.call("cudaEventElapsedTime", event, event), lambda: cuda.call("cudaSetDevice", 0),
+        lambda: cuda.malloc(300),
+        lambda: cuda._copy(512, 1024, 8, "HostToDevice"),
+        lambda: cuda.copy(512, 1024, 8),
+        lambda: cuda.copy_rows(512, 1024, 8, 2, 16),
+        lambda: cuda.call("cudaMemsetAsync", 512, 0, 8, cuda._stream),
+        cuda.synchronize,
+        cuda.begin_capture,
+        cuda.end_capture,
+        lambda: cuda.launch_graph(graph),
+        lambda: cuda.call("cudaGraphExecDestroy", graph),
+        lambda: cuda.call("cudaGraphInstantiate", real.cudaGraph_t(0), 0),
+        cuda.record_event,
+        lambda: cuda.call("cudaEventElapsedTime", event, event),
+        lambda: cuda.call("cudaSetDevice", 0),
         lambda: cuda.call("cudaStreamCreateWithFlags", real.cudaStreamNonBlocking),
-    ):  # fmt: skip
+    ):
         with pytest.raises(CudaError, match="cudaErrorInsufficientDriver|cudaErrorNoDevice"):
             call()
 
@@ -710,8 +722,10 @@ def test_the_gpu_benchmark_runs_on_the_fake_gpu(
     assert all(row["ms_per_image"] > 0 and row["ratio"] > 0 for row in data["timings"])
     assert "no CUDA provider" in data["backends"]["onnxruntime-cuda digits"]
     assert {(row["model"], row["backend"]) for row in data["parity"]} == {
-        ("digits", "onnxruntime-cpu"), ("digits", "tensorrt"), ("digits-causal", "tensorrt"),
-    }  # fmt: skip
+        ("digits", "onnxruntime-cpu"),
+        ("digits", "tensorrt"),
+        ("digits-causal", "tensorrt"),
+    }
     assert all(row["passed"] for row in data["parity"])
     assert "tensorrt" in gpu_benchmark.table(data["timings"])
     with report.section("something that fails"):

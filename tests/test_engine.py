@@ -47,7 +47,7 @@ without_rtx = pytest.mark.skipif(not HAS_RTX, reason="tensorrt_rtx is not instal
 GRAPHS = ("first", "second", "third")
 
 # A library with the interface that the builder uses. What becomes of a graph is what its file says.
-FAKE = '''
+FAKE = """
 import enum, os, signal, sys, time
 __version__ = "9.8.7"
 
@@ -119,7 +119,7 @@ class OnnxParser:
     def parse_from_file(self, path):
         self.network.text = open(path).read()
         return self.network.text != "unparsable"
-'''
+"""
 
 
 @pytest.fixture
@@ -166,9 +166,14 @@ def test_builds_into_the_bundle_with_sidecars(bundle: Bundle, fake: str) -> None
     said: list[str] = []
     before = (bundle.folder / MANIFEST_NAME).read_bytes()
     outcomes = build_engines(
-        bundle, module=fake, batch=(1, 2, 4), workspace=1 << 20, version_compatible=True, progress=said.append,
+        bundle,
+        module=fake,
+        batch=(1, 2, 4),
+        workspace=1 << 20,
+        version_compatible=True,
+        progress=said.append,
         compute_capability=["12.0", "8.0"],
-    )  # fmt: skip
+    )
     assert states(outcomes) == dict.fromkeys(GRAPHS, "built")
     folder = bundle.folder / "engines" / "fake_trt-9.8.7-sm80+sm120-fp16-vc"
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"{g}.{s}" for g in GRAPHS for s in ("engine", "json"))
@@ -338,10 +343,19 @@ def test_command_line(bundle: Bundle, fake: str, monkeypatch: pytest.MonkeyPatch
 
 def sidecar(**changes: Any) -> EngineInfo:
     values: dict[str, Any] = {
-        "graph": "first", "precision": "fp16", "module": "tensorrt", "version": "11.4.0.106",
-        "compute_capability": ("9.0",), "onnx_sha256": "a" * 64, "opset": 20, "batch": (1, 8, 64),
-        "profiles": {"x": ((1, 3), (8, 3), (64, 3))}, "flags": {}, "size": 3, "sha256": "b" * 64,
-    }  # fmt: skip
+        "graph": "first",
+        "precision": "fp16",
+        "module": "tensorrt",
+        "version": "11.4.0.106",
+        "compute_capability": ("9.0",),
+        "onnx_sha256": "a" * 64,
+        "opset": 20,
+        "batch": (1, 8, 64),
+        "profiles": {"x": ((1, 3), (8, 3), (64, 3))},
+        "flags": {},
+        "size": 3,
+        "sha256": "b" * 64,
+    }
     return EngineInfo(**values | changes)
 
 
@@ -447,9 +461,7 @@ def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
                     for axis, size in sizes.items():
                         if config.outer == "masked" or axis in "BGM":
                             assert axes[axis][0] <= size <= axes[axis][2], (num_iter, step, axis)
-    outer = GraphInfo(
-        "outer_step", "f", 20, tuple(TensorInfo(n, "int64", ("N",)) for n in OUTER_INPUTS["causal"][1:2]), ()
-    )
+    outer = GraphInfo("outer_step", "f", 20, tuple(TensorInfo(n, "int64", ("N",)) for n in OUTER_INPUTS["causal"][1:2]), ())
     assert profiles(outer, axes)["rows"] == ((2,), (16,), (32,))
     info = sidecar(profiles=profiles(outer, axes))
     assert fits(info, {"rows": (32,)}) is None and fits(info, {"other": (99,)}) is None
@@ -609,5 +621,3 @@ def test_onnxruntime_agrees_with_the_step_modules_by_polygraphy(config: Any, sha
         atol = 1.0 if spec.outputs[0].dtype == "uint8" else spec.atol
         compare = CompareFunc.simple(atol=atol, rtol=spec.atol, check_error_stat="max")
         assert bool(Comparator.compare_accuracy(results, compare_func=compare)), name
-
-

@@ -21,10 +21,23 @@ from arinar.runtime.bundle import TensorInfo
 from arinar.vae import AutoencoderKL
 
 TINY = ArinarConfig(
-    img_size=16, vae_stride=4, vae_embed_dim=4, num_classes=3, buffer_size=2,
-    encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2,
-    inner_width=16, inner_depth=2, inner_heads=2, num_gaussians=2, default_num_iter=4,
-)  # fmt: skip
+    img_size=16,
+    vae_stride=4,
+    vae_embed_dim=4,
+    num_classes=3,
+    buffer_size=2,
+    encoder_width=16,
+    encoder_depth=1,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=2,
+    inner_width=16,
+    inner_depth=2,
+    inner_heads=2,
+    num_gaussians=2,
+    default_num_iter=4,
+)
 TINY_CAUSAL = TINY.replace(outer="causal", encoder_depth=0, order=tuple(reversed(range(16))))
 TINY_VAE = VaeConfig(
     embed_dim=4, channels=8, channel_multipliers=(1, 1, 2), num_res_blocks=1, encoder_attention_levels=(), norm_groups=4
@@ -113,6 +126,7 @@ def test_group_norms_know_their_sizes(exported: Path, name: str) -> None:
 
 def _reshaped(to: str) -> onnx.ModelProto:
     """x (N, 6) in the shape of another tensor."""
+
     def value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 

@@ -122,9 +122,7 @@ def test_draws_follow_the_golden_quantiles(pairs: dict[str, Array], index: int) 
         (1000, 4, 0.8, 4.5),
     ],
 )
-def test_law_against_brute_force(
-    num_candidates: int, num_gaussians: int, temperature: float, guidance_scale: float
-) -> None:
+def test_law_against_brute_force(num_candidates: int, num_gaussians: int, temperature: float, guidance_scale: float) -> None:
     """Distance between the law and simulated picks, for a related and an unrelated unconditional mixture."""
     count = 4000
     rng = np.random.default_rng(num_candidates + num_gaussians)
@@ -185,9 +183,13 @@ def test_equal_mixtures_and_slight_guidance_approach_the_plain_draw() -> None:
     def draw(other: Float64 | None, guidance_scale: float, num_candidates: int = 1000) -> Array:
         second = None if other is None else tuple(other)
         return gmm.sample(
-            tuple(cond), second, uniforms,
-            guidance_scale=guidance_scale, temperature=0.9, num_candidates=num_candidates,
-        )  # fmt: skip
+            tuple(cond),
+            second,
+            uniforms,
+            guidance_scale=guidance_scale,
+            temperature=0.9,
+            num_candidates=num_candidates,
+        )
 
     plain = draw(None, 4.5)
     np.testing.assert_array_equal(draw(uncond, 1.0), plain)
@@ -229,9 +231,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
     uniforms = np.random.default_rng(1).random((600, gmm.NUM_UNIFORMS))
 
     def draw(rows: slice) -> Array:
-        return gmm.sample(
-            tuple(cond[:, rows]), tuple(uncond[:, rows]), uniforms[rows], guidance_scale=3.0, temperature=1.0
-        )
+        return gmm.sample(tuple(cond[:, rows]), tuple(uncond[:, rows]), uniforms[rows], guidance_scale=3.0, temperature=1.0)
 
     together = draw(slice(None))
     alone = np.concatenate([draw(slice(row, row + 1)) for row in range(250, 600, 7)])
@@ -258,10 +258,12 @@ def reference(inputs: Inputs) -> Float64:
     cond = tuple(wide[part] for part in PARTS)
     uncond = tuple(wide[f"{part}_uncond"] for part in PARTS) if guided else None
     draws = gmm.sample(
-        cond, uncond, wide["uniforms"],
+        cond,
+        uncond,
+        wide["uniforms"],
         guidance_scale=float(wide["guidance_scale"][0]) if guided else 1.0,
         temperature=float(wide["temperature"][0]),
-    )  # fmt: skip
+    )
     return np.asarray(draws, np.float64)[:, None]
 
 
@@ -362,10 +364,17 @@ def graph(module: Any, inputs: Inputs, path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module.eval(), tuple(torch.from_numpy(value) for value in inputs.values()), path,
-            dynamo=True, opset_version=20, dynamic_shapes=shapes, external_data=False, verbose=False,
-            input_names=list(inputs), output_names=["feature"],
-        )  # fmt: skip
+            module.eval(),
+            tuple(torch.from_numpy(value) for value in inputs.values()),
+            path,
+            dynamo=True,
+            opset_version=20,
+            dynamic_shapes=shapes,
+            external_data=False,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=["feature"],
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -394,9 +403,7 @@ def component_std(inputs: Inputs) -> Array:
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize(("guidance_scale", "temperature"), [(1.0137, 1.0), (4.5, 0.9), (8.0, 1.5)])
-def test_guided_graph_matches_the_reference(
-    guided_graph: Any, rows: int, guidance_scale: float, temperature: float
-) -> None:
+def test_guided_graph_matches_the_reference(guided_graph: Any, rows: int, guidance_scale: float, temperature: float) -> None:
     inputs = random_inputs(rows, guidance_scale, temperature, seed=rows)
     (feature,) = guided_graph.run(None, inputs)
     assert feature.shape == (rows, 1)
@@ -404,9 +411,7 @@ def test_guided_graph_matches_the_reference(
 
 
 @pytest.mark.parametrize("cfg", [1.5, 3.0, 4.5])
-def test_guided_graph_matches_the_reference_on_golden_pairs(
-    guided_graph: Any, pairs: dict[str, Array], cfg: float
-) -> None:
+def test_guided_graph_matches_the_reference_on_golden_pairs(guided_graph: Any, pairs: dict[str, Array], cfg: float) -> None:
     cond, uncond = golden_pair(pairs)
     uniforms = np.random.default_rng(0).random((128, gmm.NUM_UNIFORMS))
     values = (*cond, *uncond, uniforms, [cfg], [1.0])

@@ -25,16 +25,30 @@ from arinar.vae import AutoencoderKL, posterior, to_uint8
 DTYPES = [torch.float64, torch.float32]
 VARIANTS = {"v1": 4, "head": 16}  # inner heads
 TRAJECTORIES = [
-    "v1_cfg1", "v1_cfg4p5", "v1_cfg3p9_t1p1",
-    "head_cfg1", "head_cfg4p5", "head_cfg3p9_t1p1", "head_cfg2const_t0p9",
-]  # fmt: skip
+    "v1_cfg1",
+    "v1_cfg4p5",
+    "v1_cfg3p9_t1p1",
+    "head_cfg1",
+    "head_cfg4p5",
+    "head_cfg3p9_t1p1",
+    "head_cfg2const_t0p9",
+]
 WITH_PROPOSALS = ["v1_cfg3p9_t1p1", "head_cfg4p5", "head_cfg3p9_t1p1"]
 TINY = ArinarConfig(
-    img_size=16, vae_stride=4, num_classes=10, buffer_size=8,
-    encoder_width=64, encoder_depth=2, encoder_heads=4,
-    decoder_width=64, decoder_depth=2, decoder_heads=4,
-    inner_width=64, inner_depth=2, default_num_iter=8,
-)  # fmt: skip
+    img_size=16,
+    vae_stride=4,
+    num_classes=10,
+    buffer_size=8,
+    encoder_width=64,
+    encoder_depth=2,
+    encoder_heads=4,
+    decoder_width=64,
+    decoder_depth=2,
+    decoder_heads=4,
+    inner_width=64,
+    inner_depth=2,
+    default_num_iter=8,
+)
 
 
 def tiny(golden: Path, variant: str, dtype: torch.dtype) -> Arinar:
@@ -208,20 +222,23 @@ def test_trajectory(golden: Path, run: str, dtype: torch.dtype) -> None:
 
     records: list[StepRecord] = []
     tokens = sample(
-        model, tensor(data["labels"], torch.int64),
-        guidance_scale=meta["cfg"], cfg_schedule=meta["cfg_schedule"],
-        temperature=temperature, num_iter=meta["num_iter"], forced=final, record=records.append,
+        model,
+        tensor(data["labels"], torch.int64),
+        guidance_scale=meta["cfg"],
+        cfg_schedule=meta["cfg_schedule"],
+        temperature=temperature,
+        num_iter=meta["num_iter"],
+        forced=final,
+        record=records.append,
         noise=SimpleNamespace(order=data["orders"], uniforms=np.zeros((*final.shape, 1), np.float32)),
-    )  # fmt: skip
+    )
     assert_close(tokens, data["final_tokens"], "trajectory tokens")
     assert_close(unpatchify(tokens, 1), data["final_latent"], "trajectory latent")
     assert [record.step.count for record in records] == data["tokens_per_step"].tolist()
 
     first_row = 0
     known = torch.zeros_like(final)
-    for record, mask_in, tokens_in, cfg_iter in zip(
-        records, data["mask_in"], data["tokens_in"], data["cfg_iter"], strict=True
-    ):
+    for record, mask_in, tokens_in, cfg_iter in zip(records, data["mask_in"], data["tokens_in"], data["cfg_iter"], strict=True):
         # The published schedule computes guidance in float32.
         assert record.step.guidance_scale == pytest.approx(cfg_iter, abs=1e-6)
         assert (mask_in.sum(1) == record.step.masked).all()

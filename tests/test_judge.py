@@ -50,9 +50,13 @@ def test_pairwise_distance_against_a_plain_loop() -> None:
 
 @pytest.mark.parametrize(
     "images",
-    [np.zeros((2, 32, 32), np.uint8), np.zeros((2, 32, 32, 3), np.float32), np.zeros((0, 32, 32, 3), np.uint8),
-     np.zeros((2, 28, 28, 3), np.uint8)],
-)  # fmt: skip
+    [
+        np.zeros((2, 32, 32), np.uint8),
+        np.zeros((2, 32, 32, 3), np.float32),
+        np.zeros((0, 32, 32, 3), np.uint8),
+        np.zeros((2, 28, 28, 3), np.uint8),
+    ],
+)
 def test_images_are_checked(images: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected \\(N, 32, 32, 3\\) uint8"):
         judge.nearest_ratio(images)
@@ -60,9 +64,13 @@ def test_images_are_checked(images: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0, 1, 2], "one integer per image"), ([0.0, 1.0], "one integer per image"), ([0, 10], "from 0 to 9"),
-     ([-1, 0], "from 0 to 9")],
-)  # fmt: skip
+    [
+        ([0, 1, 2], "one integer per image"),
+        ([0.0, 1.0], "one integer per image"),
+        ([0, 10], "from 0 to 9"),
+        ([-1, 0], "from 0 to 9"),
+    ],
+)
 def test_labels_are_checked(labels: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         judge.agreement(np.zeros((2, 32, 32, 3), np.uint8), labels)

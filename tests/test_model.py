@@ -27,11 +27,23 @@ from arinar.model import (
 from arinar.sampler import NUM_CANDIDATES, draw_guided, draw_plain, sample
 
 MASKED = ArinarConfig(
-    img_size=16, vae_stride=4, num_classes=5, buffer_size=3, vae_embed_dim=6,
-    encoder_width=24, encoder_depth=2, encoder_heads=2,
-    decoder_width=32, decoder_depth=2, decoder_heads=4,
-    inner_width=16, inner_depth=2, inner_heads=4, num_gaussians=3, default_num_iter=4,
-)  # fmt: skip
+    img_size=16,
+    vae_stride=4,
+    num_classes=5,
+    buffer_size=3,
+    vae_embed_dim=6,
+    encoder_width=24,
+    encoder_depth=2,
+    encoder_heads=2,
+    decoder_width=32,
+    decoder_depth=2,
+    decoder_heads=4,
+    inner_width=16,
+    inner_depth=2,
+    inner_heads=4,
+    num_gaussians=3,
+    default_num_iter=4,
+)
 CAUSAL = MASKED.replace(outer="causal", encoder_depth=0, decoder_depth=3)
 PERMUTED = CAUSAL.replace(order=tuple(int(i) for i in np.random.default_rng(0).permutation(16)))
 
@@ -291,9 +303,7 @@ def test_normalize_and_back() -> None:
 # Pairs that resemble each other (below 96) and unrelated ones, at both scales of temperature.
 @pytest.mark.parametrize(("pair", "std_scale"), [(0, 1 / 1.1), (41, 1.1), (102, 1.0)])
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5, 3.0, 4.5])
-def test_guided_draw_follows_the_published_law(
-    golden: Path, pair: int, std_scale: float, guidance_scale: float
-) -> None:
+def test_guided_draw_follows_the_published_law(golden: Path, pair: int, std_scale: float, guidance_scale: float) -> None:
     with np.load(golden / "gmm_cfg" / "gmm_cfg.npz") as file:
         data = {key: file[key] for key in file.files}
     (row,) = np.flatnonzero(np.isclose(data["std_scale"], std_scale))

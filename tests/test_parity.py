@@ -117,9 +117,7 @@ def test_another_model_fails_and_the_first_bad_step_is_named(
     assert report.first_divergence is not None and f"outer step {step}" in report.first_divergence
 
 
-def test_an_inner_model_that_differs_shows_in_the_mixtures_only(
-    pipeline: Pipeline, model: Arinar, vae: AutoencoderKL
-) -> None:
+def test_an_inner_model_that_differs_shows_in_the_mixtures_only(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.arhead.head.bias[0] += 0.5  # the first component's mean
@@ -246,13 +244,16 @@ def test_bad_arguments_are_known_before_anything_is_generated(
     monkeypatch.setattr(parity_module, "sample", lambda *args, **kwargs: pytest.fail("it began"))
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     for arguments, message in (
-        ({"labels": [10]}, "label 10 is out of range"), ({"num_iter": 0}, "num_iter is 0"),
-        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"), ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"seed": -1}, "seed is -1"), ({"distribution": 10}, "at least 64 samples"),
+        ({"labels": [10]}, "label 10 is out of range"),
+        ({"num_iter": 0}, "num_iter is 0"),
+        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"distribution": 10}, "at least 64 samples"),
         ({"distribution": 64, "features": "nowhere:f"}, "cannot be imported"),
         ({"distribution": 64, "fid_stats": tmp_path / "narrow.npz"}, "features are 32 wide"),
         ({"distribution": 64, "fid_stats": tmp_path / "none.npz"}, "there is no such file"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             run_parity(pipeline, model, vae, **(QUICK | arguments))
 
@@ -285,10 +286,16 @@ def test_the_command_refuses_steps_that_a_causal_model_does_not_have(causal_bund
 
 
 def test_the_first_failure_is_by_level_then_by_step() -> None:
-    report = ParityReport("fp32", "x", {}, [
-        Check("teacher-forced", "z", 1.0, 0.5, step=3), Check("teacher-forced", "mu", 1.0, 0.5, step=1, where="feature 4"),
-        Check("free-running", "same picks", 0.0, 0.9, True, step=0),
-    ])  # fmt: skip
+    report = ParityReport(
+        "fp32",
+        "x",
+        {},
+        [
+            Check("teacher-forced", "z", 1.0, 0.5, step=3),
+            Check("teacher-forced", "mu", 1.0, 0.5, step=1, where="feature 4"),
+            Check("free-running", "same picks", 0.0, 0.9, True, step=0),
+        ],
+    )
     assert report.first_divergence == "level 2, teacher-forced: mu, outer step 1, feature 4"
     report.checks.append(Check("graph", "inner_step", float("nan"), 1e-4, where="output mu"))
     assert report.first_divergence == "level 1, graph: inner_step, output mu"
@@ -402,9 +409,7 @@ def references(model: Arinar, vae: AutoencoderKL) -> distribution.References:
     return distribution.make_references(model, vae, 80, SETTINGS)
 
 
-def test_distribution_of_the_right_model(
-    pipeline: Pipeline, references: distribution.References, tmp_path: Path
-) -> None:
+def test_distribution_of_the_right_model(pipeline: Pipeline, references: distribution.References, tmp_path: Path) -> None:
     images = references.first
     features = distribution.builtin_features(pipeline.config)(images)
     np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))

@@ -256,9 +256,12 @@ def test_calibration_files_that_do_not_fit(bundle: Path, tmp_path: Path) -> None
         quantize_bundle(bundle, "fp8", file)
     hashes = {name: info.sha256 for name, info in Bundle.open(bundle).manifest.files.items() if "fp32" in name}
     data: dict[str, Any] = {
-        "kind": "arinar calibration", "format_version": 1, "settings": {"model": hashes}, "layers": {},
+        "kind": "arinar calibration",
+        "format_version": 1,
+        "settings": {"model": hashes},
+        "layers": {},
         "maps": {"fp8": {"quantized": {"inner_step/gone": {"absmax": 1.0}}}},
-    }  # fmt: skip
+    }
     file.write_text(json.dumps(data))
     Calibration.read(file).check(Bundle.open(bundle))
     with pytest.raises(ExportError, match="names layers that the bundle does not have: inner_step/gone"):
@@ -293,18 +296,19 @@ def test_calibration_files_that_do_not_fit(bundle: Path, tmp_path: Path) -> None
         ),
     ],
 )
-def test_damaged_calibration_files(
-    bundle: Path, tmp_path: Path, change: dict[str, Any] | None, said: str
-) -> None:
+def test_damaged_calibration_files(bundle: Path, tmp_path: Path, change: dict[str, Any] | None, said: str) -> None:
     opened = Bundle.open(bundle)
     info = opened.manifest.graphs["fp32"]["inner_step"]
     layer = next(name for name, layer in Graph.load(opened.path(info.file)).layers.items() if layer.wide)
     file = tmp_path / "calib.json"
     if change is not None:
         data = {
-            "kind": "arinar calibration", "format_version": 1, "layers": {}, "maps": {},
+            "kind": "arinar calibration",
+            "format_version": 1,
+            "layers": {},
+            "maps": {},
             "settings": {"model": {info.file: opened.manifest.files[info.file].sha256}},
-        } | change  # fmt: skip
+        } | change
         file.write_text(json.dumps(data).replace("LAYER", layer))
     with pytest.raises(ExportError, match=said.replace("LAYER", layer)):
         quantize_bundle(bundle, "fp8", file, name="other")
@@ -341,7 +345,12 @@ def test_tensorrt_builds_the_graphs(bundle: Path, graphs: dict[str, Graph], prec
         layers = {name: layer for graph in graphs.values() for name, layer in graph.layers.items()}
         quantize_bundle(folder, "fp8", plans=default_plans("fp8", layers, dict.fromkeys(layers, RANGE)))
     outcomes = build_engines(
-        folder, module="tensorrt_rtx", precision=precision, batch=(1, 2, 4), optimization_level=0, timeout=300,
+        folder,
+        module="tensorrt_rtx",
+        precision=precision,
+        batch=(1, 2, 4),
+        optimization_level=0,
+        timeout=300,
         graphs=["outer_step", "inner_condition", "inner_step"],
-    )  # fmt: skip
+    )
     assert {o.graph: o.error for o in outcomes if o.state == "failed"} == {} and len(outcomes) == 3

@@ -89,9 +89,11 @@ def test_the_verdict_says_what_was_changed_and_what_was_not_run(report: ParityRe
     text = render(report)
     body = text[text.index("</style>") :]
     for words in (
-        "within the limits of int8, as changed here", "The limit z was set to 0.3; that of int8 is 0.1.",
-        "Level 4 (many images) was not run.", "The bundle was exported from other weights.",
-    ):  # fmt: skip
+        "within the limits of int8, as changed here",
+        "The limit z was set to 0.3; that of int8 is 0.1.",
+        "Level 4 (many images) was not run.",
+        "The bundle was exported from other weights.",
+    ):
         assert words in body and body.index(words) < body.index("Level 1: each graph alone"), words
     assert "arinar parity --distribution N" in body
 
@@ -139,13 +141,18 @@ def test_every_level_plot_and_image_row_is_there(report: ParityReport) -> None:
 
 def test_plots_of_nothing_and_of_extremes() -> None:
     for figure in (
-        line_plot({"a": [0.0, 0.0]}, "t", "x", "y"), line_plot({"a": [1e-3]}, "t", "x", "y"),
-        line_plot({"a": [1e-30, float("nan"), 1e30]}, "t", "x", "y"), bar_plot({"a": [0, 0]}, "t", "x", "y"),
-        line_plot({"a": [5.0, 50.0]}, "t", "x", "%", log=False, top=100), heat_map(np.zeros((2, 3)), "t", "x", "y"),
-        heat_map(np.array([[np.nan, 1.0], [np.inf, 0.0]]), "t", "x", "y"), heat_map(np.full((2, 2), np.nan), "t", "x", "y"),
+        line_plot({"a": [0.0, 0.0]}, "t", "x", "y"),
+        line_plot({"a": [1e-3]}, "t", "x", "y"),
+        line_plot({"a": [1e-30, float("nan"), 1e30]}, "t", "x", "y"),
+        bar_plot({"a": [0, 0]}, "t", "x", "y"),
+        line_plot({"a": [5.0, 50.0]}, "t", "x", "%", log=False, top=100),
+        heat_map(np.zeros((2, 3)), "t", "x", "y"),
+        heat_map(np.array([[np.nan, 1.0], [np.inf, 0.0]]), "t", "x", "y"),
+        heat_map(np.full((2, 2), np.nan), "t", "x", "y"),
         line_plot({"a": [1e-7, 2e-7]}, "t", "x", "y", limits={"limit": 1e-4, "none": float("inf"), "nil": 0.0}),
-        heat_map(np.full((1, 1), 0.5), "t <b>", "x", "y"), bar_plot({"a": [100_000], "b": [3]}, "t", "x", "y"),
-    ):  # fmt: skip
+        heat_map(np.full((1, 1), 0.5), "t <b>", "x", "y"),
+        bar_plot({"a": [100_000], "b": [3]}, "t", "x", "y"),
+    ):
         svg = re.search(r"<svg.*</svg>", figure, re.S)
         assert svg is not None
         for element in ElementTree.fromstring(svg[0]).iter():

@@ -33,9 +33,7 @@ ONE_BLOCK = MASKED.replace(decoder_depth=1)
 @pytest.mark.parametrize("visible", [0, 1, 9, 15])
 @pytest.mark.parametrize("branches", [1, 2])
 @torch.no_grad()
-def test_masked_step_is_the_full_network_at_the_predicted_positions(
-    config: ArinarConfig, visible: int, branches: int
-) -> None:
+def test_masked_step_is_the_full_network_at_the_predicted_positions(config: ArinarConfig, visible: int, branches: int) -> None:
     model, batch, length = random_model(config), 3, config.seq_len
     tokens = random_tokens(config, batch)
     order = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(i)) for i in range(batch)], 1)
@@ -43,11 +41,11 @@ def test_masked_step_is_the_full_network_at_the_predicted_positions(
     targets, hidden = order[visible : visible + predicted], order[visible + predicted :]
     mask = torch.ones(batch, length, dtype=torch.float64).scatter(1, order[:visible].T, 0.0)
     labels = torch.stack([torch.arange(batch), torch.full((batch,), -1)])[:branches]
-    full = torch.stack([model.condition(tokens, mask, row) for row in labels])                # (G, B, L, C)
-    want = full.transpose(1, 2)[:, targets, torch.arange(batch)]                              # (G, P, B, C)
+    full = torch.stack([model.condition(tokens, mask, row) for row in labels])  # (G, B, L, C)
+    want = full.transpose(1, 2)[:, targets, torch.arange(batch)]  # (G, P, B, C)
 
     by_position = tokens.transpose(0, 1)
-    seen = by_position[order[:visible], torch.arange(batch)]                                  # (V, B, D)
+    seen = by_position[order[:visible], torch.arange(batch)]  # (V, B, D)
     z = MaskedStep(model)(seen, order[:visible], targets, hidden, labels)
     assert z.dtype == torch.float64
     assert (z.reshape(want.shape) - want).abs().max() < EXACT
@@ -58,7 +56,7 @@ def test_causal_steps_are_the_full_sequence() -> None:
     model, batch = random_model(CAUSAL), 2
     config, tokens = model.config, random_tokens(CAUSAL, batch)
     labels = torch.tensor([1, -1])
-    want = model.condition(tokens, None, labels)                                              # type: ignore[arg-type]
+    want = model.condition(tokens, None, labels)  # type: ignore[arg-type]
     heads, width, buffer = config.decoder_heads, config.decoder_width, config.buffer_size
     shape = (batch, heads, cache_slots(config), width // heads)
     cache = [torch.zeros(shape, dtype=torch.float64) for _ in range(2 * config.decoder_depth)]
@@ -87,7 +85,7 @@ def test_inner_steps_are_the_full_sequence() -> None:
     cache = [torch.zeros(shape, dtype=torch.float64) for _ in range(2 * config.inner_depth)]
     step, previous = InnerStep(model.arhead), torch.zeros(rows, 1, dtype=torch.float64)
     for position in range(config.token_dim):
-        *mixture, = step(previous, torch.tensor([position]), start, modulation, *cache)
+        (*mixture,) = step(previous, torch.tensor([position]), start, modulation, *cache)
         for have, full in zip(mixture[:3], want, strict=True):
             assert (have - full[:, position]).abs().max() < EXACT
         for past, new in zip(cache, mixture[3:], strict=True):
@@ -190,9 +188,7 @@ def test_the_first_step_is_kept_per_label(digits_bundle: Path, monkeypatch: pyte
         assert np.abs(ours - theirs).max() < 1e-4
     sizes: list[int] = []
     launch_all = kept.backend.launch_all
-    monkeypatch.setattr(
-        kept.backend, "launch_all", lambda graph, jobs: (sizes.append(len(jobs)), launch_all(graph, jobs))[1]
-    )
+    monkeypatch.setattr(kept.backend, "launch_all", lambda graph, jobs: (sizes.append(len(jobs)), launch_all(graph, jobs))[1])
     kept.generate([1, 3, 8, 8], num_iter=1, guidance_scale=2.0)
     assert sizes[0] == 0  # nothing of the first step is computed again
     assert set(kept.loop._first_z) == {-1, 1, 3, 8}

@@ -25,10 +25,21 @@ VAE = VaeConfig(
     embed_dim=4, channels=4, channel_multipliers=(1, 2), num_res_blocks=1, encoder_attention_levels=(), norm_groups=2
 )
 MASKED = ArinarConfig(
-    img_size=8, vae_stride=2, vae_embed_dim=4, num_classes=2, buffer_size=2,
-    encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2,
-    inner_width=16, inner_heads=2, num_gaussians=2,
-)  # fmt: skip
+    img_size=8,
+    vae_stride=2,
+    vae_embed_dim=4,
+    num_classes=2,
+    buffer_size=2,
+    encoder_width=16,
+    encoder_depth=1,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=2,
+    inner_width=16,
+    inner_heads=2,
+    num_gaussians=2,
+)
 CAUSAL = MASKED.replace(outer="causal", encoder_depth=0)
 KINDS = pytest.mark.parametrize("config", [MASKED, CAUSAL], ids=["masked", "causal"])
 
@@ -61,17 +72,37 @@ def vae() -> AutoencoderKL:
 
 def _arinar(out: Path, data: Dataset, vae: AutoencoderKL, **changes: Any) -> TrainResult:
     settings: dict[str, Any] = {
-        "config": MASKED, "data": data, "vae": vae, "steps": 7, "batch_size": 5, "learning_rate": 3e-3, "warmup": 2,
-        "ema": 0.9, "augmented_copies": 2, "eval_every": 3, "save_every": 2, "device": "cpu", "progress": False,
-    }  # fmt: skip
+        "config": MASKED,
+        "data": data,
+        "vae": vae,
+        "steps": 7,
+        "batch_size": 5,
+        "learning_rate": 3e-3,
+        "warmup": 2,
+        "ema": 0.9,
+        "augmented_copies": 2,
+        "eval_every": 3,
+        "save_every": 2,
+        "device": "cpu",
+        "progress": False,
+    }
     return train_arinar(out, **(settings | changes))
 
 
 def _vae(out: Path, data: Dataset, **changes: Any) -> TrainResult:
     settings: dict[str, Any] = {
-        "config": VAE, "data": data, "img_size": 8, "steps": 7, "batch_size": 5, "warmup": 2, "ema": 0.9,
-        "eval_every": 3, "save_every": 2, "device": "cpu", "progress": False,
-    }  # fmt: skip
+        "config": VAE,
+        "data": data,
+        "img_size": 8,
+        "steps": 7,
+        "batch_size": 5,
+        "warmup": 2,
+        "ema": 0.9,
+        "eval_every": 3,
+        "save_every": 2,
+        "device": "cpu",
+        "progress": False,
+    }
     return train_vae(out, **(settings | changes))
 
 
@@ -108,9 +139,7 @@ def test_vae_resume_is_exact(data: Dataset, tmp_path: Path) -> None:
     assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_resume_after_a_crash_uses_the_last_save(
-    data: Dataset, vae: AutoencoderKL, tmp_path: Path
-) -> None:
+def test_resume_after_a_crash_uses_the_last_save(data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:
     _arinar(tmp_path / "whole", data, vae)
 
     def crash(done: int, loss: float, held_out: float) -> None:
@@ -168,9 +197,18 @@ def test_loss_falls_and_the_best_average_is_kept(
     config: ArinarConfig, data: Dataset, vae: AutoencoderKL, tmp_path: Path
 ) -> None:
     result = _arinar(
-        tmp_path / "a", data, vae, config=config, steps=80, batch_size=22, dropout=0.0, eval_every=10,
-        learning_rate=1e-2, schedule="constant", augment=None,
-    )  # fmt: skip
+        tmp_path / "a",
+        data,
+        vae,
+        config=config,
+        steps=80,
+        batch_size=22,
+        dropout=0.0,
+        eval_every=10,
+        learning_rate=1e-2,
+        schedule="constant",
+        augment=None,
+    )
     held_out = [entry[2] for entry in result.history]
     assert result.held_out == min(held_out) < held_out[0] - 0.5
     assert result.best_step == result.history[held_out.index(min(held_out))][0]
@@ -285,9 +323,7 @@ def test_training_without_held_out_images(data: Dataset, vae: AutoencoderKL, tmp
         ({"config": MASKED.replace(img_size=16)}, "8 pixels wide"),
     ],
 )
-def test_bad_arguments(
-    changes: dict[str, Any], message: str, data: Dataset, vae: AutoencoderKL, tmp_path: Path
-) -> None:
+def test_bad_arguments(changes: dict[str, Any], message: str, data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         _arinar(tmp_path / "a", data, vae, **changes)
 
@@ -298,9 +334,17 @@ def test_demo_recipes_start_from_their_names(tmp_path: Path, vae: AutoencoderKL)
     torch.manual_seed(0)
     coder = AutoencoderKL(VAE_PRESETS["digits"])
     result = train.train_demo(
-        "digits", tmp_path / "a", vae=coder, steps=1, batch_size=2, augmented_copies=0, judged_samples=10,
-        eval_every=5, progress=False, device="cpu",
-    )  # fmt: skip
+        "digits",
+        tmp_path / "a",
+        vae=coder,
+        steps=1,
+        batch_size=2,
+        augmented_copies=0,
+        judged_samples=10,
+        eval_every=5,
+        progress=False,
+        device="cpu",
+    )
     assert result.finished
     metadata = inspect_checkpoint(tmp_path / "a").metadata
     assert metadata["command"] == "arinar train model --config digits"

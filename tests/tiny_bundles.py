@@ -13,10 +13,23 @@ from arinar.model import Arinar, initialize
 from arinar.vae import AutoencoderKL
 
 TINY = ArinarConfig(
-    img_size=16, vae_stride=4, vae_embed_dim=4, num_classes=3, buffer_size=2,
-    encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2,
-    inner_width=16, inner_depth=1, inner_heads=2, num_gaussians=2, default_num_iter=4,
-)  # fmt: skip
+    img_size=16,
+    vae_stride=4,
+    vae_embed_dim=4,
+    num_classes=3,
+    buffer_size=2,
+    encoder_width=16,
+    encoder_depth=1,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_depth=2,
+    decoder_heads=2,
+    inner_width=16,
+    inner_depth=1,
+    inner_heads=2,
+    num_gaussians=2,
+    default_num_iter=4,
+)
 TINY_CAUSAL = TINY.replace(outer="causal", encoder_depth=0)
 TINY_VAE = VaeConfig(
     embed_dim=4, channels=4, channel_multipliers=(1, 1, 2), num_res_blocks=1, encoder_attention_levels=(), norm_groups=2
