@@ -1,4 +1,4 @@
-"""Packaging: one import name, `arinar`, out of four top-level folders."""
+"""Packaging: one import name, `arinar`, out of several top-level folders."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,10 @@ package_dir = {
     "arinar": "arinar",
     "arinar.export": "export",
     "arinar.runtime": "runtime",
+    "arinar.runtime.backends": "runtime/backends",
     "arinar.calibration": "calibration",
+    "arinar.measure": "measure",
+    "arinar.cli": "cli",
 }
 
 ONNXRUNTIME = "onnxruntime>=1.23"  # the first whose CPU kernels include Attention

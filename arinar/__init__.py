@@ -8,7 +8,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# In a checkout the rooms `export/`, `runtime/` and `calibration/` are siblings of this folder; installed,
-# they are inside it. Either way they are imported as `arinar.export`, `arinar.runtime`, `arinar.calibration`.
+# In a checkout the other rooms (`export/`, `runtime/`, ...) are siblings of this folder; installed, they are inside it.
+# Either way they are imported as `arinar.export`, `arinar.runtime`, ...
 if not (Path(__file__).parent / "runtime").is_dir():
     __path__.append(str(Path(__file__).parent.parent))

@@ -18,8 +18,8 @@ from typing import Any
 import click
 import numpy as np
 
+from arinar.measure.bench import gemm_peak, machine, peak_memory
 from arinar.runtime import Noise, Pipeline
-from arinar.runtime.bench import gemm_peak, machine, peak_memory
 from arinar.schedule import steps
 
 

@@ -136,7 +136,7 @@ def models(name: str) -> tuple[Any, Any]:
 def export(name: str, precision: str, out: Path) -> None:
     """In a child process: write a bundle. Prints the checks of sampling graphs that random weights make too steep."""
     from arinar.export import bundle
-    from arinar.export.onnx import ExportError
+    from arinar.export.trace import ExportError
 
     exporter: Any = bundle  # what it imports is replaced below
 
@@ -214,7 +214,7 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     try:
-        from arinar.runtime.cuda import device_info, load_runtime
+        from arinar.runtime.backends.cuda import device_info, load_runtime
 
         info = device_info(load_runtime())
         found["gpu"] = {
@@ -247,7 +247,7 @@ def used_memory() -> int:
 
 def build_engines(report: Report, bundle: Path, precision: str, batch: int, timeout: float) -> None:
     """Engines for this GPU, where a TensorRT library is installed."""
-    from arinar.runtime.tensorrt_backend import installed
+    from arinar.runtime.backends.tensorrt import installed
 
     name = next((name for name in ("tensorrt", "tensorrt_rtx") if installed(name)), None)
     if name is None or report.data["machine"]["gpu"] is None:
@@ -307,7 +307,7 @@ def possible(report: Report, bundle: Path, precision: str) -> list[str]:
 
 
 def parity(report: Report, name: str, bundle: Path, precision: str, backend: str, num_iter: int, images: int) -> None:
-    from arinar.export.parity import run_parity
+    from arinar.measure.parity import run_parity
 
     pipeline = open_pipeline(bundle, backend, precision)
     model, vae = models(name)

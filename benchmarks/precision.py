@@ -29,13 +29,13 @@ from arinar.checkpoint import load_arinar, load_vae
 from arinar.config import PRESETS, VAE_PRESETS
 from arinar.demo import DEMO_MODELS
 from arinar.export.bundle import export_bundle
-from arinar.export.distribution import References, compare, make_references
-from arinar.export.parity import add_distribution, run_parity
-from arinar.export.parity import parse_thresholds as thresholds_of
+from arinar.export.layers import SCHEMES, LayerPlan
 from arinar.export.quantize import Calibration, quantize_bundle, variant_bytes
-from arinar.export.report import write_report
+from arinar.measure.distribution import References, compare, make_references
+from arinar.measure.parity import add_distribution, run_parity
+from arinar.measure.parity import parse_thresholds as thresholds_of
+from arinar.measure.parity_report import write_report
 from arinar.model import Arinar, initialize
-from arinar.quantization import SCHEMES, LayerPlan
 from arinar.runtime import Pipeline
 from arinar.runtime.bundle import Bundle
 from arinar.vae import AutoencoderKL

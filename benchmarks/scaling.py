@@ -32,9 +32,9 @@ import click
 import numpy as np
 
 from arinar.files import check_writable, write_text
+from arinar.measure.bench import fresh_environment, fresh_process, machine
 from arinar.runtime import Pipeline
-from arinar.runtime.backend import usable_cores
-from arinar.runtime.bench import fresh_environment, fresh_process, machine
+from arinar.runtime.machine import usable_cores
 from arinar.runtime.pipeline import check_num_iter
 
 BACKEND = "onnxruntime-cpu"
@@ -249,7 +249,7 @@ pipe = arinar.runtime.Pipeline.load(bundle, precision=precision, backend=backend
 opened = time.perf_counter()
 found = {"import_s": imported - start, "open_s": opened - imported}
 if int(num_iter):
-    from arinar.runtime.bench import peak_memory
+    from arinar.measure.bench import peak_memory
     pipe.generate([0], num_iter=int(num_iter), guidance_scale=float(scale), batch_size=1)
     found |= {"first_image_s": time.perf_counter() - opened, "peak_mb": 1e3 * peak_memory()}
 print(json.dumps(found))

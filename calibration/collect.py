@@ -20,14 +20,14 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from arinar.config import ArinarConfig
+from arinar.export.layers import Graph, layer_graphs
 from arinar.files import replacing
-from arinar.quantization import Graph, layer_graphs
+from arinar.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
+from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, Defaults
 from arinar.runtime.loop import Loop
 from arinar.runtime.noise import Noise
-from arinar.runtime.onnxruntime_backend import OnnxRuntimeCpu
 from arinar.runtime.pipeline import check_labels, check_num_iter, check_number
-from arinar.runtime.products import keep_products_exact
 from arinar.schedule import Step, steps
 
 from .ranges import TensorStatistics

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import ArinarConfig
-from arinar.divergence import mixture_kl
+from arinar.export.layers import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
 from arinar.files import check_writable, write_text
-from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
+from arinar.gmm_law import mixture_kl
 from arinar.runtime.bundle import Bundle, Defaults
 
 from .collect import FP16_MAX, CalibrationError, Recording, check_arguments, collect, open_session

@@ -38,18 +38,6 @@ from arinar.vae import AutoencoderKL
 
 from .compose import compose_inner_token, inner_token_info
 from .cpu import cpu_path, write_cpu_form
-from .onnx import (
-    DEFAULT_OPSET,
-    OPSETS,
-    Array,
-    ExportError,
-    GraphSpec,
-    WeightStore,
-    exact_reference,
-    export_graph,
-    validate_graph,
-    write_model,
-)
 from .steps import (
     CausalPrefill,
     CausalStep,
@@ -65,6 +53,18 @@ from .steps import (
     cache_slots,
     half_precision,
     half_precision_vae,
+)
+from .trace import (
+    DEFAULT_OPSET,
+    OPSETS,
+    Array,
+    ExportError,
+    GraphSpec,
+    WeightStore,
+    exact_reference,
+    export_graph,
+    validate_graph,
+    write_model,
 )
 
 Progress = Callable[[str], None]

@@ -16,14 +16,14 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from arinar.config import ArinarConfig
 from arinar.runtime.bundle import TensorInfo
 
-from .onnx import ExportError
+from .trace import ExportError
 
 
 class GraphComposer:
     """Collects inlined copies of graphs; initializers of a part are added once, however often it is inlined.
 
     But 8-bit weights once for each copy, all of them the same bytes of a file: where a processor's products are not exact
-    (`arinar.runtime.products`), ONNX Runtime replaces the weights of each node, and fails where nodes share them.
+    (`arinar.runtime.backends.products`), ONNX Runtime replaces the weights of each node, and fails where nodes share them.
     """
 
     def __init__(self) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from arinar.onnx_edit import remove_unused, split_products
+from arinar.export.onnx_edit import remove_unused, split_products
 
-from .onnx import write_model
+from .trace import write_model
 
 #: The first opset with the Attention operator.
 ATTENTION_OPSET = 23

@@ -1,7 +1,7 @@
 """Graphs of a bundle -> TensorRT engines, with `tensorrt` 10 and 11 and `tensorrt_rtx` alike.
 
 Engines go to ``engines/<key>/<graph>.engine`` inside the bundle, each with a sidecar beside it; layout, sidecar and the
-rules by which the runtime chooses are in `arinar.runtime.engines`. The manifest is not touched.
+rules by which the runtime chooses are in `arinar.runtime.backends.engines`. The manifest is not touched.
 
 The library is chosen by name and asked for its features (never for its version number). It is loaded in child
 processes only: a builder can crash, hang or run out of memory, and takes nobody with it.
@@ -41,8 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from arinar.config import ArinarConfig
-from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, file_sha256
-from arinar.runtime.engines import (
+from arinar.runtime.backends.engines import (
     ENGINE_SUFFIX,
     ENGINES,
     Engine,
@@ -55,6 +54,7 @@ from arinar.runtime.engines import (
     list_engines,
     sidecar_path,
 )
+from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, file_sha256
 from arinar.runtime.loop import DECODE_PIXELS
 from arinar.schedule import mask_counts
 

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import onnx
 
+from arinar.export.layers import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
 from arinar.mixture_law import NUM_UNIFORMS
 from arinar.model import Arinar
-from arinar.quantization import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
+from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
-from arinar.runtime.products import keep_products_exact
 from arinar.vae import AutoencoderKL
 
 from .bundle import WEIGHTS_NAME, _merge, _replace_folder, _scratch, weights_sha256, write_manifest, written
 from .compose import compose_inner_token
 from .cpu import cpu_path, write_cpu_form
-from .onnx import Array, ExportError, WeightStore, pool_weights, write_model
+from .trace import Array, ExportError, WeightStore, pool_weights, write_model
 
 Progress = Callable[[str], None]
 CALIBRATION_KIND, CALIBRATION_VERSION = "arinar calibration", 1

@@ -82,7 +82,7 @@ class Float32Norm(nn.Module):
 
 def half_precision_vae(vae: AutoencoderKL) -> AutoencoderKL:
     """A float16 copy of an autoencoder with float32 norms. Its activations are the largest of all: see whether they
-    leave room (`arinar.export.activations`) before using it."""
+    leave room (`arinar.calibration.activations`) before using it."""
     half = copy.deepcopy(vae).half()
     norms = [(p, name, m) for p in half.modules() for name, m in p.named_children() if isinstance(m, nn.GroupNorm)]
     for parent, name, norm in norms:

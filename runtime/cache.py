@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .backend import Backend
+from .backends.base import Backend
 from .bundle import GraphInfo
 
 

@@ -18,7 +18,7 @@ from arinar.config import ArinarConfig
 from arinar.mixture_law import NUM_UNIFORMS
 from arinar.schedule import Step
 
-from .backend import Array, Backend
+from .backends.base import Array, Backend
 from .bundle import BundleError, GraphInfo
 from .cache import KVCache
 from .noise import Noise

@@ -16,7 +16,8 @@ from PIL import Image
 from arinar.config import ArinarConfig
 from arinar.schedule import CFG_SCHEDULES, steps
 
-from .backend import Array, Backend, open_backend
+from .backends import open_backend
+from .backends.base import Array, Backend
 from .bundle import Bundle, Manifest
 from .loop import Loop
 from .noise import Noise

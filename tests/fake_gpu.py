@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import numpy as np
 import onnxruntime
 
+from arinar.runtime.backends.engines import EngineInfo, engine_key, graph_hash
 from arinar.runtime.bundle import Bundle, GraphInfo, file_sha256
-from arinar.runtime.engines import EngineInfo, engine_key, graph_hash
 
 STREAM = 7001
 CAPABILITY = "9.0"
@@ -54,7 +54,7 @@ def view(pointer: int, nbytes: int) -> np.ndarray:
 
 
 class FakeCudaRuntime:
-    """What `arinar.runtime.cuda` uses of `cuda.bindings.runtime`, and a log of the calls."""
+    """What `arinar.runtime.backends.cuda` uses of `cuda.bindings.runtime`, and a log of the calls."""
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
     cudaStreamNonBlocking, cudaEventDefault = 1, 0

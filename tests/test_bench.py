@@ -16,12 +16,12 @@ from click.testing import CliRunner
 
 from arinar.cli import main
 from arinar.config import PRESETS, VAE_PRESETS
+from arinar.measure.bench import bench, compare, floors, fresh_process, peak_memory, read_report, spread, table
+from arinar.measure.bench_report import render
+from arinar.measure.cost import image_cost
+from arinar.measure.peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
 from arinar.runtime import Bundle, Pipeline
-from arinar.runtime.bench import bench, compare, floors, fresh_process, peak_memory, read_report, spread, table
-from arinar.runtime.bench_report import render
-from arinar.runtime.cost import image_cost
-from arinar.runtime.peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
-from arinar.runtime.products import product_model, run_product
+from arinar.runtime.backends.products import product_model, run_product
 from arinar.schedule import steps
 
 # ------------------------------------------------------------------------------------------------ what an image costs
@@ -162,7 +162,7 @@ def test_peaks_are_rates() -> None:
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:
     held = np.ones(300_000_000, np.uint8)
-    code = "import json; from arinar.runtime.bench import peak_memory; print(json.dumps({'gb': peak_memory()}))"
+    code = "import json; from arinar.measure.bench import peak_memory; print(json.dumps({'gb': peak_memory()}))"
     assert 0.01 < fresh_process(code)["gb"] < 0.3 < peak_memory() and held[-1] == 1
 
 
@@ -304,7 +304,7 @@ def test_an_unwritable_output_is_refused_before_measuring(option: str, tmp_path:
 def test_bad_arguments_are_refused_before_measuring(
     digits_bundle: Path, arguments: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arinar.runtime.bench.cold_start", lambda *args: pytest.fail("measured first"))
+    monkeypatch.setattr("arinar.measure.bench.cold_start", lambda *args: pytest.fail("measured first"))
     with pytest.raises(ValueError, match=words):
         bench(Pipeline.load(digits_bundle), **arguments)
 

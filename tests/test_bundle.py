@@ -122,12 +122,12 @@ def test_bundle_kinds_mixed_up(copy: Path, causal_bundle: Path) -> None:
 
 
 def test_both_onnxruntime_packages(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from arinar.runtime import backend
+    from arinar.runtime import machine
 
     class Distribution:
         def locate_file(self, path: str) -> str:
             return "/site-packages"
 
-    monkeypatch.setattr(backend.metadata, "distribution", lambda name: Distribution())
+    monkeypatch.setattr(machine.metadata, "distribution", lambda name: Distribution())
     with pytest.raises(BundleError, match="both installed.*pip uninstall"):
         Pipeline.load(copy, backend="onnxruntime-cpu")

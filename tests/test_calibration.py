@@ -23,7 +23,7 @@ from arinar.calibration.collect import CalibrationError, Recording, collect, col
 from arinar.calibration.precision import Cost, Evaluator, _activations, calibrate, layer_plan, search, to_json
 from arinar.calibration.ranges import CHANNEL_BINS, METHODS, TensorStatistics
 from arinar.cli import main
-from arinar.quantization import LayerPlan
+from arinar.export.layers import LayerPlan
 from arinar.runtime.bundle import Bundle, BundleError
 
 QUICK: dict[str, Any] = {"num_images": 4, "num_iter": 3, "batch_size": 2, "threads": 1}

@@ -30,12 +30,13 @@ from fake_gpu import (
     make_engines,
 )
 
-import arinar.runtime.backend as backend_module
-import arinar.runtime.cuda_backend as cuda_backend
+import arinar.runtime.backends as backends_module
+import arinar.runtime.backends.gpu as cuda_backend
+import arinar.runtime.machine as machine_module
 from arinar.runtime import Bundle, BundleError, Pipeline
+from arinar.runtime.backends.cuda import Cuda, CudaError, GpuMemoryError, NoGpuError, device_info, load_runtime
+from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import GraphInfo, TensorInfo
-from arinar.runtime.cuda import Cuda, CudaError, GpuMemoryError, NoGpuError, device_info, load_runtime
-from arinar.runtime.engines import EngineError
 from arinar.runtime.loop import KEPT_STATES
 
 KINDS = ("digits", "digits-causal")
@@ -547,7 +548,7 @@ def test_engines_that_do_not_fit_are_refused(bundles: dict[str, Path], tmp_path:
 def test_an_engine_that_cannot_be_loaded_tells_what_the_library_said(
     bundles: dict[str, Path], tmp_path: Path, runtime: FakeCudaRuntime, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arinar.runtime.engines import Engine
+    from arinar.runtime.backends.engines import Engine
 
     path = Path(shutil.copytree(bundles["digits"], tmp_path / "b"))
     monkeypatch.setattr(Engine, "verify", lambda self: None)
@@ -640,7 +641,7 @@ def test_a_silent_fallback_to_the_cpu_is_refused(digits: Path, runtime: FakeCuda
 
 @pytest.fixture
 def fake_machine(runtime: FakeCudaRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudaRuntime]:
-    monkeypatch.setattr("arinar.runtime.cuda.load_runtime", lambda: runtime)
+    monkeypatch.setattr("arinar.runtime.backends.cuda.load_runtime", lambda: runtime)
     yield runtime
 
 
@@ -648,7 +649,7 @@ def test_the_best_backend_is_chosen_and_nothing_missing_raises(
     digits: Path, fake_machine: FakeCudaRuntime, ort: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(digits)
-    choose = backend_module.choose_backend
+    choose = backends_module.choose_backend
     for name in ("tensorrt", "tensorrt_lean", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     assert choose(bundle, "fp32") == "onnxruntime-cuda"
@@ -661,7 +662,7 @@ def test_the_best_backend_is_chosen_and_nothing_missing_raises(
     assert choose(bundle, "fp32") == "onnxruntime-cpu"
     fake_machine.devices = 0
     assert choose(bundle, "fp32") == "onnxruntime-cpu"
-    monkeypatch.setattr("arinar.runtime.cuda.load_runtime", lambda: 1 / 0)
+    monkeypatch.setattr("arinar.runtime.backends.cuda.load_runtime", lambda: 1 / 0)
     assert choose(bundle, "fp32") == "onnxruntime-cpu"
 
 
@@ -684,14 +685,14 @@ def test_two_onnxruntime_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         def locate_file(self, path: str) -> str:
             return places[self.name]
 
-    monkeypatch.setattr(backend_module.metadata, "distribution", Distribution)
+    monkeypatch.setattr(machine_module.metadata, "distribution", Distribution)
     with pytest.raises(BundleError, match="both installed"):
-        backend_module.onnxruntime_distribution()
+        machine_module.onnxruntime_distribution()
     places["onnxruntime-gpu"] = "/b"
     monkeypatch.setattr(sys, "path", ["/b", "/a"])
-    assert backend_module.onnxruntime_distribution() == "onnxruntime-gpu"
+    assert machine_module.onnxruntime_distribution() == "onnxruntime-gpu"
     monkeypatch.setattr(sys, "path", ["/a", "/b"])
-    assert backend_module.onnxruntime_distribution() == "onnxruntime"
+    assert machine_module.onnxruntime_distribution() == "onnxruntime"
 
 
 # --------------------------------------------------------------------------------------------------- benchmarks.gpu

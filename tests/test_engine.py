@@ -20,6 +20,16 @@ from arinar.cli import main
 from arinar.config import PRESETS
 from arinar.export import engine as engine_module
 from arinar.export.engine import Gpu, axis_ranges, build_engines, profiles
+from arinar.runtime.backends.engines import (
+    EngineError,
+    EngineInfo,
+    engine_key,
+    find_engines,
+    fits,
+    graph_hash,
+    list_engines,
+    mismatch,
+)
 from arinar.runtime.bundle import (
     MANIFEST_NAME,
     Bundle,
@@ -29,16 +39,6 @@ from arinar.runtime.bundle import (
     Manifest,
     TensorInfo,
     file_info,
-)
-from arinar.runtime.engines import (
-    EngineError,
-    EngineInfo,
-    engine_key,
-    find_engines,
-    fits,
-    graph_hash,
-    list_engines,
-    mismatch,
 )
 from arinar.schedule import steps
 
@@ -320,7 +320,7 @@ def test_a_library_that_builds_for_its_own_gpu(
 
 
 def test_command_line(bundle: Bundle, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from arinar.runtime import engines
+    from arinar.runtime.backends import engines
 
     monkeypatch.setitem(engines.MODULES, "tensorrt-rtx", fake)
     run = CliRunner().invoke
@@ -520,7 +520,7 @@ def test_no_input_is_a_shape_tensor(config: Any, shared_folder: Path, logger: An
 def in_place(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny causal bundle with the step of opset 24, which gives back the whole cache."""
     from arinar.export.bundle import graph_specs, write_manifest
-    from arinar.export.onnx import WeightStore, export_graph, validate_graph
+    from arinar.export.trace import WeightStore, export_graph, validate_graph
 
     folder = tmp_path_factory.mktemp("in-place") / "bundle"
     manifest = Bundle.open(Path(shutil.copytree(tiny_bundle(shared_folder, TINY_CAUSAL), folder))).manifest
@@ -594,7 +594,7 @@ def test_onnxruntime_agrees_with_the_step_modules_by_polygraphy(config: Any, sha
     from polygraphy.comparator import Comparator, CompareFunc
 
     from arinar.export.bundle import graph_specs
-    from arinar.export.onnx import GraphSpec, run_module
+    from arinar.export.trace import GraphSpec, run_module
 
     class StepModuleRunner(BaseRunner):  # type: ignore[misc]
         def __init__(self, spec: GraphSpec) -> None:

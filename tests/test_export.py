@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.export.bundle import export_bundle, graph_specs
-from arinar.export.onnx import ExportError, GraphSpec, WeightStore, export_graph, fix_shapes, validate_graph
+from arinar.export.trace import ExportError, GraphSpec, WeightStore, export_graph, fix_shapes, validate_graph
 from arinar.model import Arinar, initialize
 from arinar.runtime import BundleError, Pipeline
 from arinar.runtime.bundle import TensorInfo

@@ -13,12 +13,12 @@ import torch
 from onnx import TensorProto
 from tiny_bundles import TINY, TINY_CAUSAL, tiny_bundle, tiny_model
 
+from arinar.calibration.activations import measure_activations
 from arinar.config import ArinarConfig
-from arinar.export.activations import measure_activations
 from arinar.export.bundle import _merge, export_bundle, graph_specs, weights_sha256
-from arinar.export.onnx import WeightStore, exact_reference, run_module
-from arinar.export.parity import THRESHOLDS, run_parity
 from arinar.export.steps import half_precision, half_precision_vae
+from arinar.export.trace import WeightStore, exact_reference, run_module
+from arinar.measure.parity import THRESHOLDS, run_parity
 from arinar.runtime import Bundle, BundleError, Pipeline
 
 both = pytest.mark.parametrize("config", [TINY, TINY_CAUSAL], ids=["masked", "causal"])

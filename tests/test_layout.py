@@ -1,4 +1,4 @@
-"""Structure: who may import whom, and that the runtime needs nothing heavy."""
+"""The fence: which room may import which, at every level of folders, and that what is torch-free stays so."""
 
 from __future__ import annotations
 
@@ -12,95 +12,146 @@ import pytest
 import arinar
 
 ROOT = Path(arinar.__file__).parent
+NAMES = ("runtime", "export", "calibration", "measure", "cli")
 # Installed, the rooms are inside the package; in a checkout they are its siblings.
 ROOMS = {
     "arinar": ROOT,
-    **{room: (ROOT / room if (ROOT / room).is_dir() else ROOT.parent / room) for room in ("export", "runtime", "calibration")},
+    **{room: (ROOT / room if (ROOT / room).is_dir() else ROOT.parent / room) for room in NAMES},
 }
-# Plain modules (standard library and NumPy) that every room may import.
-PLAIN = {"arinar", "arinar.config", "arinar.files", "arinar.schedule", "arinar.mixture_law"}
+#: Modules of the model's room that need nothing but the standard library and NumPy: every room may import them.
+PLAIN = {f"arinar.{name}" for name in ("config", "files", "schedule", "mixture_law", "gmm_law")}
+#: Modules that import neither torch nor the model, though their rooms do.
+TORCH_FREE = {
+    *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),
+    *(f"arinar.measure.{name}" for name in ("bench", "bench_report", "cost", "distances", "peaks")),
+}
+#: Room -> what it may import of the others: whole rooms, or single modules.
+ALLOWED: dict[str, set[str]] = {
+    "arinar": set(),
+    "runtime": PLAIN,
+    "export": {"arinar", "runtime"},
+    "calibration": {"arinar", "runtime", *(name for name in TORCH_FREE if name.startswith("arinar.export."))},
+    "measure": {"arinar", "runtime", "export", "calibration"},
+    "cli": {"arinar", "runtime", "export", "calibration", "measure"},
+}
+#: A torch-free module stays among these.
+LIGHT_ROOMS = ("runtime", "cli")
 HEAVY = ("torch", "onnx", "onnxscript", "safetensors", "sklearn", "scipy", "polygraphy")
 
 
 def modules(room: str) -> list[Path]:
-    return sorted(ROOMS[room].glob("*.py"))
+    inside = [ROOMS[other] for other in ROOMS if ROOMS[other] != ROOMS[room] and ROOMS[other].is_relative_to(ROOMS[room])]
+    found = (path for path in ROOMS[room].rglob("*.py") if not any(path.is_relative_to(folder) for folder in inside))
+    return sorted(path for path in found if path != ROOT / "__main__.py")  # it only calls the front door
+
+
+def module_name(path: Path, room: str) -> str:
+    parts = path.relative_to(ROOMS[room]).with_suffix("").parts
+    base = ["arinar"] if room == "arinar" else ["arinar", room]
+    return ".".join([*base, *(part for part in parts if part != "__init__")])
 
 
 def imports(path: Path, room: str) -> set[str]:
-    """Absolute names of everything a module imports, at any depth of its code."""
-    package = "arinar" if room == "arinar" else f"arinar.{room}"
+    """Absolute names of every module that a module imports, at any depth of its code."""
+    own = module_name(path, room).split(".")
+    package = own if path.name == "__init__.py" else own[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package if node.level else ""
-            name = ".".join(part for part in (base, node.module) if part)
-            found.add(name)
-            if node.module is None or name == "arinar":  # `from . import x`, `from arinar import x`
-                found |= {f"{name}.{alias.name}" for alias in node.names}
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{name}.{alias.name}" if is_module(f"{name}.{alias.name}") else name for alias in node.names}
     return found
+
+
+def is_module(name: str) -> bool:
+    """Whether an absolute name is a module of ours, or a room."""
+    parts = name.split(".")
+    if parts[0] != "arinar" or len(parts) < 2:
+        return False
+    room, rest = (parts[1], parts[2:]) if parts[1] in NAMES else ("arinar", parts[1:])
+    place = ROOMS[room].joinpath(*rest)
+    return place.is_dir() or place.with_suffix(".py").is_file()
 
 
 def room_of(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != "arinar":
         return None
-    return parts[1] if len(parts) > 1 and parts[1] in ("export", "runtime", "calibration") else "arinar"
+    return parts[1] if len(parts) > 1 and parts[1] in NAMES else "arinar"
 
 
-@pytest.mark.parametrize("room", ["arinar", "runtime"])
-def test_model_and_runtime_do_not_import_each_other(room: str) -> None:
+def test_the_table_names_modules_that_exist() -> None:
+    assert all(is_module(name) for name in PLAIN | TORCH_FREE)
+    assert set(ALLOWED) == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_in_allowed_directions(room: str) -> None:
+    assert modules(room)
     for path in modules(room):
-        if path.name in ("cli.py", "__main__.py"):  # the front door knows every room, but only inside a subcommand
-            continue
         for name in imports(path, room):
             other = room_of(name)
-            if other is None or other == room:
-                continue
-            assert room == "runtime" and name in PLAIN, f"{path.name} of {room}/ imports {name}"
+            allowed = other in (None, room) or other in ALLOWED[room] or name in ALLOWED[room] | PLAIN | {"arinar"}
+            assert allowed, f"{path} of {room}/ imports {name}"
 
 
-def test_runtime_uses_only_plain_modules_of_the_model_room() -> None:
-    for path in modules("runtime"):
+def test_the_fence_sees_sub_folders_and_relative_imports() -> None:
+    base = ROOMS["runtime"] / "backends" / "base.py"
+    assert base in modules("runtime")
+    registry = imports(ROOMS["runtime"] / "backends" / "__init__.py", "runtime")
+    assert {"arinar.runtime.bundle", "arinar.runtime.backends.base"} <= registry
+
+
+def test_no_backend_is_imported_by_what_stands_above_it() -> None:
+    """The registry knows the backends by name only, and no backend knows the registry: no circle."""
+    folder = ROOMS["runtime"] / "backends"
+    for path in sorted(folder.glob("*.py")):
         for name in imports(path, "runtime"):
-            assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name}"
+            assert name != "arinar.runtime.backends" or path.name == "__init__.py", f"{path} imports the registry"
+    files = {f"arinar.runtime.backends.{path.stem}" for path in folder.glob("*.py")} - {"arinar.runtime.backends.__init__"}
+    known = {name for path in modules("runtime") if path.parent != folder for name in imports(path, "runtime")} & files
+    assert known <= {"arinar.runtime.backends.base"}, known
 
 
-def test_calibration_neither_imports_export_nor_runtime_models() -> None:
-    for path in modules("calibration"):
-        for name in imports(path, "calibration"):
-            assert room_of(name) not in ("export",), f"{path.name} imports {name}"
+def test_torch_free_modules_import_nothing_heavy() -> None:
+    for room in LIGHT_ROOMS:
+        for path in modules(room):
+            # The command imports the other rooms inside its subcommands, which say what to install.
+            heavy = {name.split(".")[0] for name in imports(path, room)} & set(HEAVY)
+            assert not heavy or room == "cli", f"{path} imports {heavy}"
 
 
 def test_nobody_imports_the_rooms_by_their_folder_names() -> None:
     for room in ROOMS:
         for path in modules(room):
-            bare = {name.split(".")[0] for name in imports(path, room)} & {"export", "runtime", "calibration"}
+            bare = {name.split(".")[0] for name in imports(path, room)} & set(NAMES)
             assert not bare, f"{path} imports {bare}: a second copy of every class"
 
 
-def test_every_runtime_module_imports_without_torch_onnx_or_the_model() -> None:
-    names = [f"arinar.runtime.{p.stem}" for p in modules("runtime") if p.stem != "__init__"] + ["arinar.runtime", "arinar.cli"]
-    blocked = [*HEAVY, *(f"arinar.{p.stem}" for p in modules("arinar") if f"arinar.{p.stem}" not in PLAIN)]
-    blocked = [name for name in blocked if name not in ("arinar.cli", "arinar.__init__", "arinar.__main__")]
-    code = (
-        "import sys, importlib\n"
-        f"blocked = {blocked!r}\n"
-        "for name in blocked: sys.modules[name] = None\n"
-        f"for name in {names!r}: importlib.import_module(name)\n"
-        "heavy = [n for n in ('torch', 'onnx', 'onnxruntime') if sys.modules.get(n)]\n"
-        "assert not heavy, heavy\n"
-    )
+def run(code: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
     assert result.returncode == 0, result.stderr
 
 
+def test_what_is_torch_free_imports_without_torch_or_the_model() -> None:
+    light = [module_name(path, room) for room in LIGHT_ROOMS for path in modules(room)]
+    model = {module_name(path, "arinar") for path in modules("arinar")} - PLAIN - {"arinar"}
+    for names, packages in ((light, HEAVY), (sorted(TORCH_FREE), ("torch", "safetensors", "sklearn", "polygraphy"))):
+        run(
+            "import sys, importlib\n"
+            f"for name in {[*packages, *sorted(model)]!r}: sys.modules[name] = None\n"
+            f"for name in {names!r}: importlib.import_module(name)\n"
+            "heavy = [n for n in ('torch', 'onnxruntime') if sys.modules.get(n)]\n"
+            "assert not heavy, heavy\n"
+        )
+
+
 def test_importing_the_package_loads_only_the_standard_library() -> None:
-    code = (
+    run(
         "import sys; before = set(sys.modules); import arinar\n"
         "new = {n.split('.')[0] for n in set(sys.modules) - before} - set(sys.stdlib_module_names) - {'arinar'}\n"
         "assert not new, new"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
-    assert result.returncode == 0, result.stderr

@@ -18,10 +18,11 @@ import torch
 
 from arinar.checkpoint import load_arinar, load_vae
 from arinar.cli import main
-from arinar.divergence import frechet_between, frechet_distance, mixture_kl, mmd_test, responsible_component
-from arinar.export import distribution
-from arinar.export import parity as parity_module
-from arinar.export.parity import (
+from arinar.gmm_law import mixture_kl, responsible_component
+from arinar.measure import distribution
+from arinar.measure import parity as parity_module
+from arinar.measure.distances import frechet_between, frechet_distance, mmd_test
+from arinar.measure.parity import (
     PARAMETERS,
     THRESHOLDS,
     Check,
@@ -33,8 +34,8 @@ from arinar.export.parity import (
 )
 from arinar.model import Arinar
 from arinar.runtime import Pipeline
+from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import PRECISIONS, BundleError
-from arinar.runtime.engines import EngineError
 from arinar.vae import AutoencoderKL
 
 QUICK: dict[str, Any] = {"labels": [3, 7], "num_iter": 3, "guidance_scale": 2.0}

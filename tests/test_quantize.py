@@ -18,10 +18,11 @@ pytest.importorskip("onnxruntime")
 from arinar.calibration.collect import open_session
 from arinar.checkpoint import load_arinar
 from arinar.cli import main
-from arinar.export.onnx import ExportError
+from arinar.export.layers import FP8_MAX, SCHEMES, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
 from arinar.export.quantize import Calibration, default_plans, example_feed, quantize_bundle, variant_bytes
-from arinar.quantization import FP8_MAX, SCHEMES, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
-from arinar.runtime import Pipeline, products
+from arinar.export.trace import ExportError
+from arinar.runtime import Pipeline
+from arinar.runtime.backends import products
 from arinar.runtime.bundle import PRECISIONS, Bundle, BundleError
 
 # Wide enough for every layer of the demo model.

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from arinar.export.parity import PARAMETERS, Check, ParityReport, parse_thresholds
-from arinar.export.report import bar_plot, heat_map, line_plot, render, write_report
+from arinar.measure.parity import PARAMETERS, Check, ParityReport, parse_thresholds
+from arinar.measure.parity_report import bar_plot, heat_map, line_plot, render, write_report
 
 
 @pytest.fixture

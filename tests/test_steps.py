@@ -16,13 +16,13 @@ from test_model import CAUSAL, MASKED, random_model, random_tokens
 from arinar.config import ArinarConfig
 from arinar.export.bundle import graph_specs
 from arinar.export.cpu import cpu_form, write_cpu_form
-from arinar.export.onnx import WeightStore, export_graph, validate_graph
+from arinar.export.onnx_edit import split_products
 from arinar.export.steps import CausalPrefill, CausalStep, InnerCondition, InnerStep, MaskedStep, cache_slots
+from arinar.export.trace import WeightStore, export_graph, validate_graph
 from arinar.model import Arinar, initialize
-from arinar.onnx_edit import split_products
 from arinar.runtime import Pipeline
+from arinar.runtime.backends.onnxruntime_cpu import LAUNCH_POSITIONS, OnnxRuntimeCpu
 from arinar.runtime.loop import KEPT_LABELS, divided
-from arinar.runtime.onnxruntime_backend import LAUNCH_POSITIONS, OnnxRuntimeCpu
 from arinar.vae import AutoencoderKL
 
 EXACT = 1e-12

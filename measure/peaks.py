@@ -3,25 +3,16 @@ integers, copying memory."""
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .backend import usable_cores
-from .products import keep_products_exact, product_session
-
-
-def processor_name() -> str:
-    """The processor's model name, or at least its kind."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+from arinar.runtime.backends.products import keep_products_exact, product_session
+from arinar.runtime.machine import usable_cores
 
 
 def gemm_peak(size: int = 2048, repeats: int = 5) -> float:

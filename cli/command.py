@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from arinar import __version__
 
 if TYPE_CHECKING:
+    from arinar.checkpoint import CheckpointInfo
+    from arinar.model import Arinar
     from arinar.runtime import Pipeline
-
-    from .checkpoint import CheckpointInfo
-    from .model import Arinar
-    from .vae import AutoencoderKL
+    from arinar.vae import AutoencoderKL
 
 # What to install when a package of a room is missing.
 INSTALL_HINTS = {
@@ -160,8 +159,8 @@ CHECKPOINT = _options(
 
 
 def _load_models(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int | None) -> tuple[Arinar, AutoencoderKL]:
-    from .checkpoint import load_arinar, load_vae
-    from .demo import DEMO_MODELS
+    from arinar.checkpoint import load_arinar, load_vae
+    from arinar.demo import DEMO_MODELS
 
     if vae is None:
         if checkpoint not in DEMO_MODELS:
@@ -173,7 +172,7 @@ def _load_models(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: in
 
 def _inspected(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int | None) -> dict[str, Any]:
     """Provenance of a checkpoint, read for the purpose."""
-    from .checkpoint import inspect_checkpoint
+    from arinar.checkpoint import inspect_checkpoint
 
     info = inspect_checkpoint(checkpoint, ema=False if no_ema else None, inner_heads=inner_heads)
     return _provenance(checkpoint, vae, info)
@@ -232,7 +231,7 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     """
     began = time.perf_counter()
     _say(f"1. the shipped checkpoint of {model!r}: a real model, trained on scikit-learn's handwritten digits")
-    from .checkpoint import inspect_checkpoint
+    from arinar.checkpoint import inspect_checkpoint
 
     arinar, vae = _load_models(model, None, False, None)
     info = inspect_checkpoint(model)
@@ -256,7 +255,7 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     _say(f"   {len(labels)} images in {made.timings['total']:.1f} s -> {picture} (one row per digit)")
 
     _say("4. are they what PyTorch would have made? Same noise through both")
-    from arinar.export.parity import run_parity
+    from arinar.measure.parity import run_parity
 
     report = run_parity(pipeline, arinar, vae, labels=list(range(10)), seed=seed, progress=_indent)
     _say("\n" + report.table() + "\n")
@@ -264,7 +263,7 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     _say("5. an independent classifier, trained on the real digits, reads the images")
     import numpy as np
 
-    from .judge import judge
+    from arinar.judge import judge
 
     verdict = judge(np.stack([np.asarray(image) for image in made.images]), np.array(labels))
     _say(
@@ -321,8 +320,8 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
               arinar train model --config digits --vae my-vae.safetensors -o my-digits.safetensors
               arinar train model --config my-config.json --data photos/ --vae kl16.ckpt -o mine.safetensors
     """
-    from . import train as training
-    from .config import ArinarConfig, VaeConfig
+    from arinar import train as training
+    from arinar.config import ArinarConfig, VaeConfig
 
     chosen: Any = config
     if config.endswith(".json"):
@@ -360,7 +359,7 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
     \b
     Example:  arinar init --preset base -o base.safetensors --vae-out kl16.safetensors
     """
-    from .config import PRESETS, VAE_PRESETS
+    from arinar.config import PRESETS, VAE_PRESETS
 
     if list_presets:
         for name, config in PRESETS.items():
@@ -372,9 +371,9 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
         raise click.UsageError("-o is missing: where should the checkpoint go?")
     import torch
 
-    from .checkpoint import save_arinar, save_vae
-    from .model import Arinar, initialize
-    from .vae import AutoencoderKL
+    from arinar.checkpoint import save_arinar, save_vae
+    from arinar.model import Arinar, initialize
+    from arinar.vae import AutoencoderKL
 
     note = {"weights": f"random, seed {seed}"}
     if out is not None:
@@ -441,7 +440,7 @@ def export(
     Example:  arinar export checkpoint-last.pth --vae kl16.ckpt -o bundle/
               arinar export digits -o digits-bundle/
     """
-    from .quantization import SCHEMES
+    from arinar.export.layers import SCHEMES
 
     if precision in SCHEMES:
         manifest = _export_quantized(checkpoint, vae, out, precision, calibration, opset, overwrite, no_ema, inner_heads)
@@ -560,9 +559,8 @@ def calibrate(
 
     from arinar.calibration.precision import calibrate as run
     from arinar.calibration.precision import check
-
-    from .demo import DEMO_MODELS
-    from .quantization import SCHEMES
+    from arinar.demo import DEMO_MODELS
+    from arinar.export.layers import SCHEMES
 
     arguments: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     arguments |= {"num_images": num_images, "labels": labels, "batch_size": batch_size, "budget_kl": budget_kl}
@@ -742,9 +740,8 @@ def parity(
     Example:  arinar parity bundle/ --checkpoint checkpoint-last.pth --vae kl16.ckpt --labels 207 --num-iter 16
               arinar parity digits-bundle/ --checkpoint digits --distribution 500 --report report.html
     """
-    from arinar.export.parity import parse_thresholds, run_parity
-
-    from .files import check_writable
+    from arinar.files import check_writable
+    from arinar.measure.parity import parse_thresholds, run_parity
 
     if report_file is not None:
         check_writable(report_file)
@@ -774,7 +771,7 @@ def parity(
         progress=_quiet if as_json else _say,
     )
     if report_file is not None:
-        from arinar.export.report import write_report
+        from arinar.measure.parity_report import write_report
 
         write_report(report, report_file)
     if as_json:
@@ -874,7 +871,7 @@ def build(
               arinar build digits-bundle/ --backend tensorrt-rtx --precision fp32 --dry-run
     """
     from arinar.export.engine import build_engines
-    from arinar.runtime.engines import MODULES
+    from arinar.runtime.backends.engines import MODULES
 
     outcomes = build_engines(
         bundle,
@@ -946,9 +943,8 @@ def bench(
     Example:  arinar bench bundle/ --batch 1,4 --num-iter 64 -o today.json --html today.html
               arinar bench bundle/ --batch 1,4 --num-iter 64 --against yesterday.json
     """
-    from arinar.runtime import bench as benchmark
-
-    from .files import check_writable, write_text
+    from arinar.files import check_writable, write_text
+    from arinar.measure import bench as benchmark
 
     if out is not None and out == html_file:
         raise click.UsageError("-o and --html name the same file")
@@ -975,7 +971,7 @@ def bench(
     if out is not None:
         write_text(out, json.dumps(report, indent=2, sort_keys=True) + "\n")
     if html_file is not None:
-        from arinar.runtime.bench_report import render
+        from arinar.measure.bench_report import render
 
         write_text(html_file, render(report))
 
@@ -999,7 +995,7 @@ def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: i
     if Path(path).is_dir():
         _inspect_bundle(Path(path), as_json, verify)
         return
-    from .checkpoint import inspect_checkpoint
+    from arinar.checkpoint import inspect_checkpoint
 
     info = inspect_checkpoint(path, ema=False if no_ema else None, inner_heads=inner_heads)
     if as_json:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle, BundleError, file_sha256
+from ..bundle import Bundle, BundleError, file_sha256
 
 ENGINES, ENGINE_SUFFIX, SIDECAR_SUFFIX = "engines", ".engine", ".json"
 SIDECAR_VERSION = 1

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array
-from .bundle import Bundle, BundleError, GraphInfo
+from ..bundle import Bundle, BundleError, GraphInfo
+from .base import Array
 from .cuda import Cuda, CudaError, DeviceBuffer
 
 #: Launches recorded in one CUDA graph; longer sequences become several graphs, replayed in order. A launch is some

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import BundleError
+from ..bundle import BundleError
 
 Array = npt.NDArray[Any]
 INSTALL_HINT = "`pip install arinar[tensorrt]` or `pip install cuda-bindings` installs it"

@@ -5,7 +5,7 @@
    parameters and the divergence between the mixtures, step by step, with chained state (caches) on both sides;
 3. *free-running*: both generate from the same noise; where they part, how often they pick the same component, and how
    far the images are apart;
-4. *distribution* (`arinar.export.distribution`): many images of each.
+4. *distribution* (`arinar.measure.distribution`): many images of each.
 
 The reference is `arinar.sampler.sample` in float32.
 """
@@ -22,23 +22,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arinar.divergence import mixture_kl, responsible_component
+from arinar.export.bundle import check_match, graph_specs, weights_sha256
+from arinar.export.engine import NOT_FOR_GENERATION
+from arinar.export.trace import GraphSpec, run_module
+from arinar.gmm_law import mixture_kl, responsible_component
 from arinar.mixture_law import NUM_UNIFORMS
 from arinar.model import Arinar, denormalize, unpatchify
+from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import BundleError, GraphInfo
 from arinar.runtime.cache import KVCache
-from arinar.runtime.engines import EngineError
+from arinar.runtime.machine import processor_name
 from arinar.runtime.noise import Noise
-from arinar.runtime.peaks import processor_name
 from arinar.runtime.pipeline import Pipeline, check_labels, check_num_iter, check_number
 from arinar.sampler import StepRecord, _sample_rows, sample
 from arinar.schedule import Step, steps
 from arinar.vae import AutoencoderKL, to_uint8
 
-from .bundle import check_match, graph_specs, weights_sha256
 from .distribution import Distribution, Features, check_samples, compare, make_references, open_measure
-from .engine import NOT_FOR_GENERATION
-from .onnx import GraphSpec, run_module
 
 Array = npt.NDArray[Any]
 Mixture = tuple[Array, Array, Array]
@@ -310,7 +310,7 @@ def run_parity(
     """Compare a loaded bundle with the PyTorch model that it should be.
 
     ``num_iter``: of masked models. ``distribution`` > 0 adds the fourth level with so many samples of each; ``features``
-    and ``fid_stats`` as for `arinar.export.distribution.compare`. ``thresholds``: default those of ``THRESHOLDS`` for
+    and ``fid_stats`` as for `arinar.measure.distribution.compare`. ``thresholds``: default those of ``THRESHOLDS`` for
     the bundle's precision. ``reference``: what the report is to say about the checkpoint (its file, hash, ...).
 
     Raises BundleError where checkpoint and bundle do not even have the same configuration, ValueError for a bad

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .backend import onnxruntime_distribution
-from .bundle import Bundle, BundleError
+from ..bundle import Bundle, BundleError
+from ..machine import onnxruntime_distribution
 from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
-from .cuda_backend import Binding, CudaBackend, cuda_graphs_wanted
+from .gpu import Binding, CudaBackend, cuda_graphs_wanted
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL_HINT = (

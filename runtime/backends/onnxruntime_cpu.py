@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, onnxruntime_distribution, usable_cores
-from .bundle import Bundle, BundleError, GraphInfo
+from ..bundle import Bundle, BundleError, GraphInfo
+from ..machine import onnxruntime_distribution, usable_cores
+from .base import Array
 from .products import INTEGER_PRECISIONS, keep_products_exact
 
 Job = tuple[Mapping[str, Array], Mapping[str, Array]]

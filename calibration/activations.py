@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, shape_inference
 
-from arinar.runtime.backend import Array
+from arinar.runtime.backends.base import Array
+from arinar.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from arinar.runtime.bundle import Bundle
-from arinar.runtime.onnxruntime_backend import OnnxRuntimeCpu
 from arinar.runtime.pipeline import Pipeline
 
 FLOAT16_MAX = 65504.0

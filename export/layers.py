@@ -19,7 +19,8 @@ import onnx
 import onnx.reference
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .config import ArinarConfig
+from arinar.config import ArinarConfig
+
 from .onnx_edit import remove_unused, split_products
 
 Array = npt.NDArray[Any]

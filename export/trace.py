@@ -15,7 +15,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from arinar.onnx_edit import remove_unused
+from arinar.export.onnx_edit import remove_unused
 from arinar.runtime.bundle import TensorInfo
 
 Array = npt.NDArray[np.generic]

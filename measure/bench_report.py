@@ -47,7 +47,7 @@ figcaption svg { width: 8px; min-width: 8px; height: 16px; display: inline; vert
 
 
 def render(report: dict[str, Any]) -> str:
-    """What `arinar.runtime.bench.bench` measured, with its ``against`` where there is one -> the page."""
+    """What `arinar.measure.bench.bench` measured, with its ``against`` where there is one -> the page."""
     name = f"Speed: {report['bundle']}, {report['precision']} on {backend_text(report)}"
     where, memory = report["machine"], report["peak_memory_gb"]
     versions = ", ".join(f"{key} {value}" for key, value in where["versions"].items())

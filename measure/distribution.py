@@ -24,12 +24,13 @@ import numpy.typing as npt
 import torch
 
 from arinar.config import PRESETS, ArinarConfig
-from arinar.divergence import frechet_between, frechet_distance, mean_and_covariance, mmd_test
 from arinar.model import Arinar, denormalize, unpatchify
 from arinar.runtime.noise import Noise
 from arinar.runtime.pipeline import Pipeline
 from arinar.sampler import sample
 from arinar.vae import AutoencoderKL, to_uint8
+
+from .distances import frechet_between, frechet_distance, mean_and_covariance, mmd_test
 
 Array = npt.NDArray[Any]
 Features = Callable[[Array], Array]

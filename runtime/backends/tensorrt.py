@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from .bundle import Bundle, BundleError
+from ..bundle import Bundle, BundleError
 from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
-from .cuda_backend import Binding, CudaBackend, check_buffer, cuda_graphs_wanted
 from .engines import MODULES, RUNTIME_ONLY, Engine, EngineError, build_command, find_engines, list_engines
+from .gpu import Binding, CudaBackend, check_buffer, cuda_graphs_wanted
 
 #: Libraries that run engines, best first.
 LIBRARIES = ("tensorrt", "tensorrt_lean", "tensorrt_rtx")

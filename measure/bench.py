@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from arinar.config import VaeConfig
+from arinar.runtime.machine import processor_name, usable_cores
+from arinar.runtime.pipeline import Pipeline, check_num_iter, check_number
 
-from .backend import usable_cores
 from .cost import WEIGHT_BYTES, Cost, image_cost
-from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak, processor_name
-from .pipeline import Pipeline, check_num_iter, check_number
+from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
 
 #: What each phase is; they add up to the total.
 PHASES = {

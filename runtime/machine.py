@@ -1,0 +1,57 @@
+"""This machine: its processor, the cores that this process may use, the ONNX Runtime package that is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from .bundle import BundleError
+
+
+def processor_name() -> str:
+    """The processor's model name, or at least its kind."""
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its affinity, one of the threads that share a core, the quota of its
+    control group (containers)."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            return max(1, min(len(cores), round(int(allowed) / int(period))))
+    return len(cores)
+
+
+def onnxruntime_distribution() -> str | None:
+    """Which ONNX Runtime package is installed: "onnxruntime", "onnxruntime-gpu" or None.
+
+    Raises BundleError where both are, in one folder: they overwrite each other's files, and which one answers is
+    chance. In different folders, the one that comes first on the path answers.
+    """
+    found: dict[str, str] = {}
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = os.path.realpath(str(metadata.distribution(name).locate_file("")))
+    if len(found) > 1:
+        if len(set(found.values())) == 1:
+            raise BundleError(
+                "onnxruntime and onnxruntime-gpu are both installed; they overwrite each other's files. Uninstall both, "
+                "then install one: `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install arinar[cpu]` or "
+                "`pip install arinar[gpu]`"
+            )
+        path = [os.path.realpath(folder or ".") for folder in sys.path]
+        return min(found, key=lambda name: path.index(found[name]) if found[name] in path else len(path))
+    return next(iter(found), None)
