@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 OUTER_KINDS = ("masked", "causal")
+HEAD_KINDS = ("gmm",)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class ArinarConfig:
     decoder_heads: int = 12
     mlp_ratio: float = 4.0
 
-    # Inner autoregressive model over the features of one token.
+    # What draws a token given z. `gmm`: an autoregressive model over its features, each from a Gaussian mixture.
+    head: str = "gmm"
     inner_width: int = 768
     inner_depth: int = 1
     inner_heads: int = 16
@@ -113,6 +115,8 @@ class ArinarConfig:
                 object.__setattr__(self, name, value)
         if self.outer not in OUTER_KINDS:
             raise ValueError(f"outer is {self.outer!r}; choose one of {', '.join(OUTER_KINDS)}")
+        if self.head not in HEAD_KINDS:
+            raise ValueError(f"head is {self.head!r}; choose one of {', '.join(HEAD_KINDS)}")
         if self.img_size % (self.vae_stride * self.patch_size):
             raise ValueError(
                 f"img_size {self.img_size} is not a multiple of vae_stride x patch_size ({self.vae_stride} x {self.patch_size})"

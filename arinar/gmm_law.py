@@ -1,4 +1,7 @@
-"""Distances between 1-D Gaussian mixtures, in NumPy."""
+"""The law of a Gaussian mixture head's draws: each feature of a token follows a 1-D mixture. NumPy only.
+
+(How a guided draw is made from two mixtures is in `arinar.mixture_law`.)
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .law import Law
+from .mixture_law import NUM_UNIFORMS
 
 Array = npt.NDArray[Any]
 
@@ -50,3 +56,25 @@ def _log_density(x: Array, mixture: tuple[Array, ...]) -> Array:
     peak = terms.max(-1)
     total: Array = peak + np.log(np.exp(terms - peak[..., None]).sum(-1)) - 0.5 * np.log(2 * np.pi)
     return total
+
+
+def _make_uniforms(generator: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    return generator.random(shape, dtype=np.float32)
+
+
+def _check_uniforms(draws: Array) -> None:
+    if not ((draws >= 0) & (draws < 1)).all():
+        raise ValueError("noise.uniforms has values outside [0, 1)")
+
+
+LAW = Law(
+    parts=("weight", "mu", "logvar"),
+    titles={"weight": "component weight", "mu": "component mean (mu)", "logvar": "component log variance"},
+    kl=mixture_kl,
+    pick=responsible_component,
+    picks=lambda config: config.num_gaussians,
+    noise="uniforms",
+    size=lambda config: NUM_UNIFORMS,
+    make=_make_uniforms,
+    check=_check_uniforms,
+)

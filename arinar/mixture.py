@@ -51,7 +51,7 @@ class PlainMixtureSample(nn.Module):
         _constant(self, "ranks", mesh_targets(num_gaussians))
 
     def forward(self, weight: Tensor, mu: Tensor, logvar: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
-        """weight, mu, logvar (M, K), uniforms (M, NUM_UNIFORMS), temperature (1,) -> feature (M, 1)."""
+        """weight, mu, logvar (M, K), uniforms (M, NUM_UNIFORMS), temperature (M,) -> feature (M, 1)."""
         edges, _, mass = _plain_law(weight, mu, logvar, temperature, self.ranks)
         return _quantile(edges, mass, uniforms)
 
@@ -85,12 +85,12 @@ class MixtureSample(nn.Module):
         guidance_scale: Tensor,
         temperature: Tensor,
     ) -> Tensor:
-        """Mixtures (M, K), uniforms (M, NUM_UNIFORMS), guidance_scale, temperature (1,) -> feature (M, 1)."""
+        """Mixtures (M, K), uniforms (M, NUM_UNIFORMS), guidance_scale, temperature (M,) -> feature (M, 1)."""
         edges, middle, mass = _plain_law(weight, mu, logvar, temperature, self.ranks)
         both = torch.cat([weight, weight_uncond, mu, mu_uncond, logvar, logvar_uncond], 1)
         both = both.reshape(-1, 3, 2, self.num_gaussians, 1)
         density = _log_density(middle[:, None], both)  # (M, 2, P)
-        log_w = (density[:, :1] - density[:, 1:]) * (guidance_scale - 1)  # (M, 1, P)
+        log_w = (density[:, :1] - density[:, 1:]) * (guidance_scale - 1)[:, None, None]  # (M, 1, P)
 
         log_t = self._search_nodes(log_w, mass)  # (M, NODES, 1)
         tw = (log_t + log_w).clamp(LOG_TW_MIN, LOG_TW_MAX).exp()  # (M, NODES, P)
@@ -126,22 +126,20 @@ def draw_mixture(
     uncond: tuple[Tensor, Tensor, Tensor] | None,
     uniforms: Tensor,
     *,
-    guidance_scale: float,
-    temperature: float,
+    guidance_scale: Tensor,
+    temperature: Tensor,
     num_candidates: int = NUM_CANDIDATES,
 ) -> Tensor:
     """What the graphs draw, for code that holds tensors: `arinar.runtime.gmm.sample`, on any device -> (M,).
 
-    Computed in float32 unless the mixtures are float64; returned in their dtype. Inputs are not checked.
+    guidance_scale, temperature : (M,); ``uncond=None``, or a guidance of 1 for all rows, draws plainly. Computed in
+    float32 unless the mixtures are float64; returned in their dtype. Inputs are not checked.
     """
     mu = cond[1]
     wide = mu.dtype if mu.dtype == torch.float64 else torch.float32
-    if uncond is None or guidance_scale == 1 or num_candidates == 1:
-        tensors, scalars, guided = [*cond, uniforms], [temperature], False
-    else:
-        tensors, scalars, guided = [*cond, *uncond, uniforms], [guidance_scale, temperature], True
-    inputs = [tensor.to(mu.device, wide) for tensor in tensors]
-    inputs += [torch.tensor([scalar], dtype=wide, device=mu.device) for scalar in scalars]
+    guided = uncond is not None and num_candidates > 1 and bool((guidance_scale != 1).any())
+    tensors = [*cond, *uncond, uniforms, guidance_scale] if guided and uncond is not None else [*cond, uniforms]
+    inputs = [tensor.to(mu.device, wide) for tensor in (*tensors, temperature)]
     module = _module(guided, mu.shape[1], num_candidates, mu.device, wide)
     return cast(Tensor, module(*inputs))[:, 0].to(mu.dtype)
 
@@ -153,8 +151,8 @@ def _module(guided: bool, num_gaussians: int, num_candidates: int, device: torch
 
 
 def _plain_law(weight: Tensor, mu: Tensor, logvar: Tensor, temperature: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixture (M, K), mesh ranks (P + 1,) -> edges (M, 1, P + 1), middle and mass of the cells (M, 1, P)."""
-    std = (0.5 * logvar).exp() * temperature
+    """Mixture (M, K), temperature (M,), mesh ranks (P + 1,) -> edges (M, 1, P + 1), middle and mass of the cells (M, 1, P)."""
+    std = (0.5 * logvar).exp() * temperature[:, None]
     edges = _mesh(mu, std, ranks)
     low, high = edges[..., :-1], edges[..., 1:]
     middle = 0.5 * (low + high)

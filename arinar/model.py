@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import ArinarConfig
-from .inner import InnerAR, Mixture, log_density
+from .gmm_head import GmmHead
+from .inner import Mixture
 from .outer import CausalOuter, MaskedOuter
 
 # MAR's training masks: the masked share is drawn from a normal of mean 1 and this std, truncated to [0.7, 1].
 MASK_RATIO_STD = 0.25
 MASK_RATIO_MIN = 0.7
+#: Head, as the config names it -> the attribute that holds it, as in the published checkpoints, and its kind.
+HEADS = {"gmm": ("arhead", GmmHead)}
 
 
 class Arinar(nn.Module):
@@ -29,7 +32,6 @@ class Arinar(nn.Module):
     """
 
     config: ArinarConfig
-    arhead: InnerAR
     fake_latent: nn.Parameter
 
     def __new__(cls, config: ArinarConfig | None = None, *args: Any, **kwargs: Any) -> Arinar:
@@ -39,7 +41,14 @@ class Arinar(nn.Module):
 
     def __init__(self, config: ArinarConfig, dropout: float = 0.0) -> None:
         super().__init__(config, dropout)  # the outer network's parameters, at top level as published
-        self.arhead = InnerAR(config)
+        attribute, kind = HEADS[config.head]
+        setattr(self, attribute, kind(config))
+
+    @property
+    def head(self) -> GmmHead:
+        """What draws a token given z."""
+        found: GmmHead = getattr(self, HEADS[self.config.head][0])
+        return found
 
     def condition(self, tokens: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
         """tokens (B, L, D), mask (B, L) with 1 = unknown, labels (B,) with -1 = unconditional -> z (B, L, C)."""
@@ -50,7 +59,7 @@ class Arinar(nn.Module):
 
         z (N, C), features (N, D) -> weight, mu, logvar, each (N, D, K): those of feature j given features < j.
         """
-        result: Mixture = self.arhead(z, features)
+        result: Mixture = self.head(z, features)
         return result
 
     def nll(self, z: Tensor, features: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -58,8 +67,7 @@ class Arinar(nn.Module):
 
         z (N, C), features (N, D) -> (N,); with ``row_mask`` (N,) the mean over rows where it is 1, a scalar.
         """
-        per_feature = -log_density(features, self.mixture(z, features)) - 0.5 * math.log(2 * math.pi)
-        rows = per_feature.sum(-1)
+        rows = self.head.loss(z, features)
         if row_mask is None:
             return rows
         return (rows * row_mask).sum() / row_mask.sum()

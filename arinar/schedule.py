@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 CFG_SCHEDULES = ("linear", "constant")
+
+
+# A number, or an array of them.
+Scale = TypeVar("Scale")
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,6 @@ class Step:
     index: int
     masked: int
     remaining: int
-    guidance_scale: float
 
     @property
     def count(self) -> int:
@@ -34,33 +38,34 @@ def mask_counts(seq_len: int, num_iter: int) -> list[int]:
     """Unknown positions at the start of each step: ``num_iter`` integers, falling from ``seq_len``."""
     counts = [seq_len]
     for step in range(num_iter - 1):
-        counts.append(_next_count(counts[-1], step, seq_len, num_iter))
+        cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / num_iter))
+        counts.append(max(1, min(counts[-1] - 1, cosine)))
     return counts
 
 
-def _next_count(masked: int, step: int, seq_len: int, num_iter: int) -> int:
-    cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / num_iter))
-    return max(1, min(masked - 1, cosine))
-
-
-def steps(seq_len: int, num_iter: int, guidance_scale: float, cfg_schedule: str = "linear") -> list[Step]:
-    """The outer steps of one image.
-
-    The linear schedule guides step s by ``1 + (guidance_scale - 1) * (L - next) / L`` with ``next`` the unknown
-    count after the step, never below 1, at the last step too (so the full scale is never quite reached).
-
-    Raises ValueError for a ``num_iter`` outside 1..seq_len, or an unknown schedule.
-    """
+def steps(seq_len: int, num_iter: int) -> list[Step]:
+    """The outer steps of one image. Raises ValueError for a ``num_iter`` outside 1..seq_len."""
     if not 1 <= num_iter <= seq_len:
         raise ValueError(f"num_iter is {num_iter}; expected 1..{seq_len} (one token a step at most)")
+    counts = [*mask_counts(seq_len, num_iter), 0]
+    return [Step(index, counts[index], counts[index + 1]) for index in range(num_iter)]
+
+
+def guidance_at(step: Step, seq_len: int, guidance_scale: Scale, cfg_schedule: str) -> Scale:
+    """How strongly a step is guided, for one ``guidance_scale`` or an array of them.
+
+    The linear schedule guides by ``1 + (guidance_scale - 1) * (L - next) / L`` with ``next`` the unknown count after
+    the step, never below 1, at the last step too (so the full scale is never quite reached).
+    """
+    if cfg_schedule == "constant":
+        return guidance_scale
+    scale: Any = guidance_scale
+    guided: Scale = 1.0 + (scale - 1.0) * (seq_len - max(1, step.remaining)) / seq_len
+    return guided
+
+
+def check_cfg_schedule(cfg_schedule: str) -> str:
+    """Raise ValueError for an unknown schedule."""
     if cfg_schedule not in CFG_SCHEDULES:
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}")
-    counts = mask_counts(seq_len, num_iter)
-    plan = []
-    for index, masked in enumerate(counts):
-        clamped = _next_count(masked, index, seq_len, num_iter)
-        scale = guidance_scale
-        if cfg_schedule == "linear":
-            scale = 1.0 + (guidance_scale - 1.0) * (seq_len - clamped) / seq_len
-        plan.append(Step(index, masked, 0 if index == num_iter - 1 else clamped, scale))
-    return plan
+    return cfg_schedule

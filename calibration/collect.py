@@ -151,7 +151,7 @@ def model_hashes(bundle: Bundle) -> dict[str, str]:
     """SHA-256 of the fp32 graphs that hold layers and of their weights: what a calibration belongs to."""
     manifest = bundle.manifest
     graphs = manifest.precision_graphs("fp32")
-    names = {name for g in layer_graphs(manifest.config) for name in (graphs[g].file, *graphs[g].weights)}
+    names = {name for g in layer_graphs(graphs) for name in (graphs[g].file, *graphs[g].weights)}
     return {name: manifest.files[name].sha256 for name in sorted(names)}
 
 

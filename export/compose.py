@@ -1,9 +1,4 @@
-"""Graphs made of other graphs: all features of a token, with sampling, as one graph.
-
-`inner_token` is not traced (sixteen unrolled copies would take the exporter minutes) but composed from the very graphs
-`inner_condition`, `inner_step` and `mixture_sample` that stand beside it in the bundle, their weights shared. It
-therefore cannot drift from them.
-"""
+"""Graphs made of other graphs, with shared initializers."""
 
 from __future__ import annotations
 
@@ -13,10 +8,9 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from arinar.config import ArinarConfig
 from arinar.runtime.bundle import TensorInfo
 
-from .trace import ExportError
+from .spec import ExportError
 
 
 class GraphComposer:
@@ -87,90 +81,3 @@ class GraphComposer:
 def value_info(tensor: TensorInfo) -> onnx.ValueInfoProto:
     dtype = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     return helper.make_tensor_value_info(tensor.name, dtype, list(tensor.shape))
-
-
-def inner_token_info(config: ArinarConfig, guided: bool, num_uniforms: int) -> tuple[list[TensorInfo], list[TensorInfo]]:
-    """Inputs and outputs of `inner_token` (or of its guided form)."""
-    features = config.token_dim
-    inputs = [
-        TensorInfo("z", "float32", ("N" if guided else "M", config.z_width)),
-        TensorInfo("uniforms", "float32", ("M", features, num_uniforms)),
-    ]
-    if guided:
-        inputs.append(TensorInfo("guidance_scale", "float32", (1,)))
-    inputs.append(TensorInfo("temperature", "float32", (1,)))
-    return inputs, [TensorInfo("tokens", "float32", ("M", features))]
-
-
-def compose_inner_token(
-    condition: ModelProto, step: ModelProto, mixture: ModelProto, config: ArinarConfig, *, guided: bool, num_uniforms: int
-) -> ModelProto:
-    """All features of M tokens.
-
-    z (M, C), or (2M, C) conditional rows first when guided, uniforms (M, D, U), guidance_scale (1,) when guided,
-    temperature (1,) -> tokens (M, D). Guided: both branches see the features sampled from the guided draw.
-    """
-    features = config.token_dim
-    heads, head_dim = config.inner_heads, config.inner_head_dim
-    cache_names = [f"{i}.{kind}" for i in range(config.inner_depth) for kind in ("key", "value")]
-    cache_dtype = next(
-        value.type.tensor_type.elem_type for value in step.graph.input if value.name.startswith("past_key_values.")
-    )
-    build = GraphComposer()
-    given = build.inline(condition, "condition/", {"z": "z"})
-
-    # Position 0 has no past: one empty slot, which the step's own mask hides.
-    rows = "cache/rows"
-    build.node("Shape", ["z"], [rows], start=0, end=1)
-    tail = build.constant(np.array([heads, 1, head_dim], np.int64), "cache/tail")
-    build.node("Concat", [rows, tail], ["cache/shape"], axis=0)
-    zero = numpy_helper.from_array(np.zeros(1, helper.tensor_dtype_to_np_dtype(cache_dtype)))
-    build.node("ConstantOfShape", ["cache/shape"], ["cache/empty"], value=zero)
-    # The feature before the first is not read, but the graph wants one.
-    build.node("Shape", ["z"], ["feature/rows"], start=0, end=1)
-    build.node("Concat", ["feature/rows", build.constant(np.array([1], np.int64), "one")], ["feature/shape"], axis=0)
-    build.node("ConstantOfShape", ["feature/shape"], ["feature/none"], value=numpy_helper.from_array(np.zeros(1, np.float32)))
-
-    past: dict[str, list[str]] = {name: [] for name in cache_names}
-    previous, drawn = "feature/none", []
-    for position in range(features):
-        prefix = f"feature.{position}/"
-        index = build.constant(np.array([position], np.int64), f"position.{position}")
-        inputs = {"feature": previous, "position": index, **given}
-        for name, rows_so_far in past.items():
-            if not rows_so_far:
-                inputs[f"past_key_values.{name}"] = "cache/empty"
-            elif len(rows_so_far) == 1:
-                inputs[f"past_key_values.{name}"] = rows_so_far[0]
-            else:
-                joined = f"{prefix}past.{name}"
-                build.node("Concat", rows_so_far, [joined], axis=2)
-                inputs[f"past_key_values.{name}"] = joined
-        out = build.inline(step, prefix, inputs)
-        for name in cache_names:
-            past[name].append(out[f"present.{name}"])
-
-        draw = {"temperature": "temperature", "uniforms": f"{prefix}uniforms"}
-        scalar = build.constant(np.array(position, np.int64), f"position.{position}.scalar")
-        build.node("Gather", ["uniforms", scalar], [draw["uniforms"]], axis=1)
-        for name in ("weight", "mu", "logvar"):
-            if guided:
-                halves = [f"{prefix}{name}.cond", f"{prefix}{name}.uncond"]
-                build.node("Split", [out[name]], halves, axis=0, num_outputs=2)
-                draw[name], draw[f"{name}_uncond"] = halves
-            else:
-                draw[name] = out[name]
-        if guided:
-            draw["guidance_scale"] = "guidance_scale"
-        feature = build.inline(mixture, f"{prefix}draw/", draw)["feature"]
-        drawn.append(feature)
-        previous = feature
-        if guided and position < features - 1:
-            previous = f"{prefix}both"
-            build.node("Concat", [feature, feature], [previous], axis=0)
-    build.node("Concat", drawn, ["tokens"], axis=1)
-
-    inputs_info, outputs_info = inner_token_info(config, guided, num_uniforms)
-    name = "inner_token_guided" if guided else "inner_token"
-    opset = next(item.version for item in step.opset_import if item.domain == "")
-    return build.model(name, inputs_info, outputs_info, opset, step.ir_version)

@@ -66,9 +66,6 @@ INSTALL_HINTS = {
     "tensorrt_rtx": "`pip install arinar[tensorrt-rtx]`",
 }
 
-# Graphs that generation does not run.
-NOT_FOR_GENERATION = ("vae_encoder",)
-
 # Lines of a child's output that are meant for us; the libraries print there too.
 MARK = "arinar-build: "
 
@@ -148,7 +145,7 @@ def build_engines(
     say = progress or (lambda line: None)
     precision = precision or ("fp16" if "fp16" in bundle.manifest.graphs else next(iter(bundle.manifest.graphs)))
     known = bundle.manifest.precision_graphs(precision)
-    names = [name for name in known if name not in NOT_FOR_GENERATION] if graphs is None else list(graphs)
+    names = [name for name in known if known[name].phase != "encode"] if graphs is None else list(graphs)
     for name in names:
         if name not in known:
             raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(known)}")
@@ -285,11 +282,11 @@ def profiles(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, tuple[Sha
     sizes = dict(axes)
     if "M" in names:  # both branches of the drawn rows
         sizes["N"] = _times((2, 2, 2), axes["M"])
-    elif graph.name.startswith("outer"):
+    elif graph.phase == "outer":
         sizes["N"] = _times(axes["G"], axes["B"])
     else:
         sizes["N"] = _times(axes["G"], axes["P"], axes["B"])
-    if graph.name.startswith("vae"):
+    if graph.convolutional:
         sizes["B"] = axes["B:vae"]
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
     for tensor in graph.inputs:

@@ -19,7 +19,7 @@ import onnx
 import onnx.reference
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from arinar.config import ArinarConfig
+from arinar.runtime.bundle import PHASES, GraphInfo
 
 from .onnx_edit import remove_unused, split_products
 
@@ -101,10 +101,10 @@ def layer_bytes(layer: Layer, scheme: str | None) -> int:
     return int(rows * columns * (4 if scheme is None else 1) + (0 if scheme is None else 4 * columns))
 
 
-def layer_graphs(config: ArinarConfig) -> tuple[str, ...]:
-    """The graphs that hold a model's layers; `inner_token` is composed of them."""
-    outer = ("outer_prefill", "outer_step") if config.outer == "causal" else ("outer_step",)
-    return (*outer, "inner_condition", "inner_step")
+def layer_graphs(graphs: Mapping[str, GraphInfo]) -> list[str]:
+    """Of a variant's graphs, those that hold layers, in the order of the data."""
+    found = [(PHASES.index(info.phase), name) for name, info in graphs.items() if info.layered]
+    return [name for _, name in sorted(found)]
 
 
 class Graph:

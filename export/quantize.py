@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 import onnx
 
-from arinar.export.layers import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
-from arinar.mixture_law import NUM_UNIFORMS
 from arinar.model import Arinar
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
 from arinar.vae import AutoencoderKL
 
-from .bundle import WEIGHTS_NAME, _merge, _replace_folder, _scratch, weights_sha256, write_manifest, written
-from .compose import compose_inner_token
+from .bundle import WEIGHTS_NAME, weights_sha256, written
 from .cpu import cpu_path, write_cpu_form
-from .trace import Array, ExportError, WeightStore, pool_weights, write_model
+from .folder import merge, replace_folder, scratch_folder, write_manifest
+from .graphs import HEADS
+from .layers import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
+from .spec import Array, ExportError
+from .trace import WeightStore, pool_weights, write_model
 
 Progress = Callable[[str], None]
 CALIBRATION_KIND, CALIBRATION_VERSION = "arinar calibration", 1
@@ -159,7 +160,7 @@ def quantize_bundle(
     if variant in manifest.graphs and not overwrite:
         raise BundleError(f"{folder} already holds {variant} graphs; pass --overwrite to replace them")
     opened.verify(sorted({file for info in infos.values() for file in info.files}))
-    graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(manifest.config)}
+    graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(infos)}
     layers = {key: layer for graph in graphs.values() for key, layer in graph.layers.items()}
     used: Calibration | None = None
     if plans is None:
@@ -171,7 +172,7 @@ def quantize_bundle(
             plans = default_plans(precision, layers)
     say(f"{variant}: {len(plans)} of {len(layers)} layers in {SCHEMES[precision]}")
 
-    with _scratch(folder) as scratch:
+    with scratch_folder(folder) as scratch:
         target = scratch / "graphs" / variant
         target.mkdir(parents=True)
         made = _write(opened, graphs, plans, target, say)
@@ -181,17 +182,19 @@ def quantize_bundle(
         for key, error in _validate(opened, made, target).items():
             say(f"checked {key}: largest difference from fp32 {error:.2g}")
             entries[key] = replace(infos[key], **written(made[key], prefix, error))
-        origin = {"layers": len(plans), "scheme": precision}
+        origin: dict[str, Any] = {"layers": len(plans)}
         if used is not None:
             origin["calibration_sha256"] = file_info(used.path).sha256
+        quantization = dict(manifest.provenance.get("quantization", {})) | {variant: origin}
         added = replace(
             manifest,
             graphs={variant: entries},
             files=files,
-            provenance={"quantization": dict(manifest.provenance.get("quantization", {})) | {variant: origin}},
+            schemes={variant: precision},
+            provenance={"quantization": quantization},
         )
-        merged = _merge(manifest, added)
-        _replace_folder(target, folder / "graphs" / variant)
+        merged = merge(manifest, added)
+        replace_folder(target, folder / "graphs" / variant)
         write_manifest(folder, merged)
     say(f"{folder}: {variant}, {sum(info.size for info in files.values()) / 1e6:.1f} MB beside fp32")
     return merged
@@ -218,18 +221,14 @@ def _write(
             model = graph.quantized({layer: plan for layer, plan in plans.items() if layer in graph.layers})
             pool_weights(model, graph.folder, store)
             models[name] = model
-        for guided in (False, True):
-            drawn = Graph.load(bundle.path(infos["mixture_sample_guided" if guided else "mixture_sample"].file))
-            pool_weights(drawn.model, drawn.folder, store)
-            composed = compose_inner_token(
-                models["inner_condition"],
-                models["inner_step"],
-                drawn.model,
-                config,
-                guided=guided,
-                num_uniforms=NUM_UNIFORMS,
-            )
-            models[composed.graph.name] = composed
+        head, parts = HEADS[config.head], dict(models)
+        for name, names in head.COMPOSED.items():
+            for part in names:
+                if part not in parts:  # it has no layers, and is not written again
+                    same = Graph.load(bundle.path(infos[part].file))
+                    pool_weights(same.model, same.folder, store)
+                    parts[part] = same.model
+            models[name] = head.compose(name, parts, config)
     finally:
         store.close()
     for name, model in models.items():
@@ -287,9 +286,10 @@ def example_feed(bundle: Bundle, info: GraphInfo, rows: int = 3, seed: int = 0) 
         "B": rows,
         "S": config.token_dim,
         "M": rows,
-        "N": 2 * rows if info.name == "inner_token_guided" else rows,
+        # Where drawn rows stand beside them, N is theirs of both branches.
+        "N": 2 * rows if any("M" in tensor.shape for tensor in info.inputs) else rows,
     }
-    positions = config.token_dim if info.name == "inner_step" else config.seq_len - 1
+    positions = config.token_dim if info.phase == "head" else config.seq_len - 1
     upper = {"labels": config.num_classes, "rows": 1, "position": positions}
     feed: dict[str, Array] = {}
     for tensor in info.inputs:
@@ -312,7 +312,7 @@ def variant_bytes(bundle: Bundle, precision: str, names: Iterable[str] | None = 
     seen: dict[tuple[str, int], int] = {}
     inline = 0
     for name, info in infos.items():
-        if name.startswith(("vae_", "inner_token")) or (names is not None and name not in names):
+        if info.convolutional or info.draws == "chain" or (names is not None and name not in names):
             continue
         model = onnx.load(bundle.path(info.file), load_external_data=False)
         for tensor in model.graph.initializer:

@@ -5,7 +5,8 @@ What a step reads or writes is then a contiguous slice of it, so no backend ever
 between steps. Hence the (V, B, ...) layouts here, turned to batch first inside the graph.
 
 Letters: B images, G guidance branches (1, or 2: conditional then unconditional), L tokens, V visible, P to predict
-now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K Gaussians, H heads, N rows.
+now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K Gaussians, H heads, N rows. Those of
+the head are in a file of its own (`arinar.export.gmm_head`).
 
 Half precision is written here, not left to a converter: weights and GEMMs run in the module's dtype, while norms,
 softmax, the mixture head and everything after it stay in float32.
@@ -14,7 +15,7 @@ softmax, the mixture head and everything after it stay in float32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -22,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arinar.config import ArinarConfig
-from arinar.inner import InnerAR, InnerBlock
-from arinar.mixture import MixtureSample, PlainMixtureSample
 from arinar.model import Arinar, unpatchify
 from arinar.outer import Attention, Block, CausalOuter, MaskedOuter
 from arinar.vae import AutoencoderKL, posterior
@@ -32,11 +31,7 @@ __all__ = [
     "CausalPrefill",
     "CausalStep",
     "CausalStepInPlace",
-    "InnerCondition",
-    "InnerStep",
     "MaskedStep",
-    "MixtureSample",
-    "PlainMixtureSample",
     "TokensToLatents",
     "VaeDecoder",
     "VaeEncoder",
@@ -52,15 +47,16 @@ MASKED_SCORE = -3.0e4
 ArinarT = TypeVar("ArinarT", bound=Arinar)
 
 
-def half_precision(model: ArinarT) -> ArinarT:
-    """A float16 copy of a transformer; what its float32 islands hold (norms, mixture head) keeps its float32 values.
+def half_precision(model: ArinarT, float32_islands: Callable[[nn.Module], Sequence[nn.Module]]) -> ArinarT:
+    """A float16 copy of a transformer; what its float32 islands hold (norms, those of the head) keeps its float32 values.
 
     Raises ValueError naming a weight that float16 cannot hold.
     """
     half = copy.deepcopy(model).half()
+    islands = set(float32_islands(half.head))
     exact = dict(model.named_modules())
     for name, module in half.named_modules():
-        if isinstance(module, nn.LayerNorm) or module is half.arhead.head:
+        if isinstance(module, nn.LayerNorm) or module in islands:
             module.float().load_state_dict(exact[name].state_dict())
     for name, tensor in half.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -398,82 +394,6 @@ def scatter_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 def cache_slots(config: ArinarConfig) -> int:
     """Length of a causal model's cache: the buffer and every token but the last, which is never fed back."""
     return config.buffer_size + config.seq_len - 1
-
-
-class InnerCondition(nn.Module):
-    """Everything that depends on z alone, once per token instead of once per feature: the start of the sequence and
-    the AdaLN modulation of every block and of the head, as one GEMM."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, inner: InnerAR) -> None:
-        super().__init__()
-        self.inner = inner
-        linears: list[nn.Linear] = [block.ada_lin[1] for block in inner.blocks]  # type: ignore[index,misc]
-        linears.append(inner.head_nm.ada_lin[1])  # type: ignore[arg-type]
-        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]))
-        self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]))
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z (N, C) float32 -> start (N, W), modulation (N, 6 * depth + 2, W)."""
-        z = z.to(self.weight.dtype)
-        start = self.inner.cond_proj(z) + self.inner.start_token[0]
-        modulation = F.linear(F.silu(z), self.weight, self.bias)
-        return start, modulation.unflatten(-1, (-1, self.inner.config.inner_width))
-
-
-class InnerStep(nn.Module):
-    """One feature: mixture parameters, and the new cache rows."""
-
-    filled: Tensor
-
-    def __init__(self, inner: InnerAR) -> None:
-        super().__init__()
-        self.inner = inner
-        features = inner.config.token_dim
-        self.register_buffer("filled", filled_bias(features, 0, features))
-
-    def forward(
-        self, feature: Tensor, position: Tensor, start: Tensor, modulation: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
-        """feature (N, 1) float32: the previous one (ignored at position 0), position (1,) int64, start and modulation
-        from the conditioning, past keys and values per block (N, H, S, d), S at most D
-        -> weight, mu, logvar (N, K) float32, then per block the new key and value rows (N, H, 1, d)."""
-        inner = self.inner
-        x = torch.where(position == 0, start, inner.input_proj(feature.to(start.dtype)))
-        x = (x + F.embedding(position, inner.pos_embedding[0]))[:, None]  # (N, 1, W)
-        parts = modulation[:, :, None].unbind(1)  # each (N, 1, W)
-        new: list[Tensor] = []
-        for index, block in enumerate(inner.blocks):
-            assert isinstance(block, InnerBlock)
-            gamma1, gamma2, scale1, scale2, shift1, shift2 = parts[6 * index : 6 * index + 6]
-            h = modulate(x, scale1, shift1, block.norm_eps)
-            q, k, v = inner_heads(block, h)
-            past_k, past_v = past[2 * index], past[2 * index + 1]
-            bias = F.embedding(position, self.filled)[0, : past_k.shape[2]]
-            h = attend_cached(q, k, v, past_k, past_v, bias, block.attn.scale)
-            x = x + gamma1 * block.attn.proj(h.transpose(1, 2).flatten(2))
-            x = x + gamma2 * block.ffn(modulate(x, scale2, shift2, block.norm_eps))
-            new += [k, v]
-        x = modulate(x, parts[-2], parts[-1], inner.head_nm.norm_eps)[:, 0]
-        out = F.linear(wide(x), wide(inner.head.weight), wide(inner.head.bias))
-        mu, logvar, logits = out.chunk(3, -1)
-        return (torch.softmax(logits, -1), mu, logvar, *new)
-
-
-def inner_heads(block: InnerBlock, x: Tensor) -> list[Tensor]:
-    """(N, 1, W) -> queries, keys, values, each (N, H, 1, d)."""
-    attn = block.attn
-    bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias])
-    qkv = F.linear(x, attn.mat_qkv.weight, bias)
-    return [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)]
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine (float32 statistics), then (1 + scale) and shift."""
-    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps).to(x.dtype)
-    return normed * (1 + scale) + shift
 
 
 class TokensToLatents(nn.Module):

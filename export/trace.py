@@ -6,19 +6,15 @@ import hashlib
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto
 
-from arinar.export.onnx_edit import remove_unused
-from arinar.runtime.bundle import TensorInfo
-
-Array = npt.NDArray[np.generic]
+from .onnx_edit import remove_unused
+from .spec import Array, ExportError, GraphSpec
 
 #: Opsets that the graphs can be exported for. 20 is what every TensorRT 10 and later reads.
 OPSETS = (20, 21, 22, 23, 24)
@@ -30,56 +26,6 @@ EXTERNAL_THRESHOLD = 4096
 # Offsets of large tensors are page aligned, so that a runtime can map them.
 PAGE, SMALL_ALIGNMENT = 4096, 64
 PRODUCER = "arinar"
-
-
-class ExportError(RuntimeError):
-    """A graph that could not be written, or that does not compute what its module computes."""
-
-
-@dataclass(frozen=True)
-class GraphSpec:
-    """One graph to export: the module, and what is fed to it.
-
-    ``inputs`` and ``outputs`` give names, dtypes and symbolic shapes, in the order of ``module.forward``; a string in
-    a shape is a dynamic axis. Integer inputs are drawn from ``ranges[name]`` when the graph is tested.
-    """
-
-    name: str
-    module: torch.nn.Module
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    ranges: Mapping[str, tuple[int, int]]
-    sizes: tuple[Mapping[str, int], ...]  # axis sizes to validate at, batch 1 and awkward ones included
-    atol: float = 1e-4
-    # Share of the values that must lie within atol: below 1 for chains of draws in low precision, where a rounding
-    # error early on may rightly end in another feature.
-    share: float = 1.0
-
-    @property
-    def axes(self) -> list[str]:
-        found = dict.fromkeys(d for tensor in self.inputs for d in tensor.shape if isinstance(d, str))
-        return list(found)
-
-    def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
-        """Random inputs for given axis sizes. Float inputs called ``uniforms`` lie in [0, 1), scalars above 1."""
-        rng = np.random.default_rng(seed)
-        feed: dict[str, Array] = {}
-        for tensor in self.inputs:
-            shape = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
-            dtype = np.dtype(tensor.dtype)
-            if dtype.kind in "iu":
-                low, high = self.ranges[tensor.name]
-                feed[tensor.name] = rng.integers(low, high, shape).astype(dtype)
-            elif tensor.name == "uniforms":
-                feed[tensor.name] = rng.random(shape).astype(dtype)
-            elif tensor.name in ("guidance_scale", "temperature"):
-                feed[tensor.name] = (1 + rng.random(shape)).astype(dtype)
-            elif tensor.name.startswith("weight"):
-                raw = rng.random(shape) + 0.05
-                feed[tensor.name] = (raw / raw.sum(-1, keepdims=True)).astype(dtype)
-            else:
-                feed[tensor.name] = rng.standard_normal(shape).astype(dtype)
-        return feed
 
 
 class WeightStore:

@@ -7,6 +7,6 @@
 
 from .bundle import Bundle, BundleError, Manifest
 from .noise import Noise
-from .pipeline import Generation, Pipeline, Progress
+from .pipeline import Generation, GenerationCancelled, Pipeline, Progress
 
-__all__ = ["Bundle", "BundleError", "Generation", "Manifest", "Noise", "Pipeline", "Progress"]
+__all__ = ["Bundle", "BundleError", "Generation", "GenerationCancelled", "Manifest", "Noise", "Pipeline", "Progress"]

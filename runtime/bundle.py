@@ -14,11 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from arinar.config import ArinarConfig
+from arinar.config import ArinarConfig, VaeConfig
 
-FORMAT_VERSION = 1
+#: What is written, and what is read: 1 is what arinar 0.1 wrote.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "fp8")
+
+#: When a graph runs: for every outer step; for every token; once the tokens are made; to read an image in.
+PHASES = ("outer", "head", "decode", "encode")
+#: Whether a graph ends in a draw: not at all, one number, or one after another until the token is whole.
+DRAWS = ("none", "one", "chain")
 
 
 class BundleError(ValueError):
@@ -41,12 +48,31 @@ class TensorInfo:
         return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
 
 
+class GraphKind:
+    """What follows from a graph's phase, draws and small."""
+
+    phase: str
+    draws: str
+    small: bool
+
+    @property
+    def layered(self) -> bool:
+        """Whether it holds layers of the transformers: what is quantised. (Drawing graphs are composed of such.)"""
+        return self.phase in ("outer", "head") and self.draws == "none"
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it is the autoencoder's."""
+        return self.phase in ("decode", "encode") and not self.small
+
+
 @dataclass(frozen=True)
-class GraphInfo:
-    """One ONNX graph: its file (relative to the bundle), opset, inputs, outputs, and the files with its weights.
+class GraphInfo(GraphKind):
+    """One ONNX graph: its file (relative to the bundle), opset, inputs, outputs, the files with its weights, what it is.
 
     ``cpu_file`` is the same graph, from the same weights, in the form that ONNX Runtime's CPU kernels run fastest,
-    where that is another one.
+    where that is another one. ``phase`` is one of PHASES, ``draws`` one of DRAWS. ``small``: it is made of small
+    operations (thousands, or trivial ones), for which sharing each out over threads costs more than the operation.
     """
 
     name: str
@@ -54,10 +80,23 @@ class GraphInfo:
     opset: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    phase: str
+    draws: str = "none"
+    small: bool = False
     weights: tuple[str, ...] = ()
     # Largest error against the step module when it was exported, measured in ONNX Runtime on the CPU.
     max_abs_err: float | None = None
     cpu_file: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("phase", self.phase, PHASES), ("draws", self.draws, DRAWS)):
+            if value not in known:
+                raise ValueError(f"{name} of graph {self.name!r} is {value!r}; expected one of {', '.join(known)}")
+
+    @property
+    def cached(self) -> bool:
+        """Whether a KV cache goes in or comes out."""
+        return any(t.name.startswith(("past_key_values.", "present.")) for t in (*self.inputs, *self.outputs))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -71,6 +110,9 @@ class GraphInfo:
             "opset": self.opset,
             "inputs": [tensor.to_dict() for tensor in self.inputs],
             "outputs": [tensor.to_dict() for tensor in self.outputs],
+            "phase": self.phase,
+            "draws": self.draws,
+            "small": self.small,
             "weights": list(self.weights),
             "max_abs_err": self.max_abs_err,
             "cpu_file": self.cpu_file,
@@ -84,6 +126,9 @@ class GraphInfo:
             opset=int(data["opset"]),
             inputs=tuple(TensorInfo.from_dict(item) for item in data["inputs"]),
             outputs=tuple(TensorInfo.from_dict(item) for item in data["outputs"]),
+            phase=str(data["phase"]),
+            draws=str(data["draws"]),
+            small=bool(data["small"]),
             weights=tuple(str(item) for item in data["weights"]),
             max_abs_err=data.get("max_abs_err"),
             cpu_file=None if data.get("cpu_file") is None else str(data["cpu_file"]),
@@ -112,16 +157,20 @@ class Defaults:
 class Manifest:
     """Everything `manifest.json` says.
 
-    ``graphs[precision][graph name]`` are the graphs, ``files[relative path]`` the size and hash of every file,
-    ``num_candidates`` the N of the guided draw that is built into the sampling graphs, ``provenance`` where the
-    weights came from and what wrote the bundle.
+    ``graphs[precision][graph name]`` are the graphs, ``files[relative path]`` the size and hash of every file, ``law`` what
+    the law of the head's draws depends on besides the config and is built into the graphs ("num_candidates", the N of
+    the guided draw), ``schemes`` how a quantised variant computes, by its name, ``vae`` the autoencoder's shape,
+    ``provenance`` where the weights came from and what wrote the bundle: for people; nothing is decided by it but
+    whether two exports are of one model.
     """
 
     config: ArinarConfig
     graphs: dict[str, dict[str, GraphInfo]]
     files: dict[str, FileInfo]
     defaults: Defaults
-    num_candidates: int
+    law: dict[str, int]
+    schemes: dict[str, str] = field(default_factory=dict)
+    vae: VaeConfig | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -135,7 +184,7 @@ class Manifest:
 
     def scheme(self, precision: str) -> str:
         """How a variant's graphs compute: as the variant of that name does. (One that was quantised may have any name.)"""
-        return str(self.provenance.get("quantization", {}).get(precision, {}).get("scheme", precision))
+        return self.schemes.get(precision, precision)
 
     def to_json(self) -> str:
         data = {
@@ -144,7 +193,9 @@ class Manifest:
             "graphs": {p: {n: g.to_dict() for n, g in graphs.items()} for p, graphs in self.graphs.items()},
             "files": {name: asdict(info) for name, info in self.files.items()},
             "defaults": asdict(self.defaults),
-            "num_candidates": self.num_candidates,
+            "law": self.law,
+            "schemes": self.schemes,
+            "vae": None if self.vae is None else self.vae.to_dict(),
             "provenance": self.provenance,
         }
         return json.dumps(data, indent=2, sort_keys=True) + "\n"
@@ -157,18 +208,23 @@ class Manifest:
             version = data["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise BundleError(
-                f"the bundle has format version {version}; this version of arinar reads {FORMAT_VERSION}. "
+                f"the bundle has format version {version}; this version of arinar reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}. "
                 f"Install a version of arinar that matches, or export the model again"
             )
         try:
+            if version == 1:
+                data = _from_version_1(data)
             manifest = cls(
                 config=ArinarConfig.from_dict(data["config"]),
                 graphs={p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()},
                 files={name: FileInfo(int(f["size"]), str(f["sha256"])) for name, f in data["files"].items()},
                 defaults=Defaults(**data["defaults"]),
-                num_candidates=int(data["num_candidates"]),
+                law={str(name): int(value) for name, value in data["law"].items()},
+                schemes={str(name): str(scheme) for name, scheme in data["schemes"].items()},
+                vae=None if data["vae"] is None else VaeConfig.from_dict(data["vae"]),
                 provenance=dict(data["provenance"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,6 +237,39 @@ class Manifest:
                     if name not in manifest.files:
                         raise BundleError(f"graph {graph.name!r} needs {name!r}, which the manifest does not list")
         return manifest
+
+
+# Version 1 told what a graph is by its name alone: phase, draws, small.
+KINDS_OF_VERSION_1: dict[str, tuple[str, str, bool]] = {
+    "outer_prefill": ("outer", "none", False),
+    "outer_step": ("outer", "none", False),
+    "inner_condition": ("head", "none", False),
+    "inner_step": ("head", "none", False),
+    "mixture_sample": ("head", "one", True),
+    "mixture_sample_guided": ("head", "one", True),
+    "inner_token": ("head", "chain", True),
+    "inner_token_guided": ("head", "chain", True),
+    "tokens_to_latents": ("decode", "none", True),
+    "vae_decoder": ("decode", "none", False),
+    "vae_encoder": ("encode", "none", False),
+}
+
+
+def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 in the words of version 2."""
+
+    def graph(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        phase, draws, small = KINDS_OF_VERSION_1[name]
+        return dict(entry) | {"phase": phase, "draws": draws, "small": small}
+
+    provenance = data["provenance"]
+    quantized = provenance.get("quantization", {})
+    return dict(data) | {
+        "graphs": {p: {n: graph(n, g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()},
+        "law": {"num_candidates": data["num_candidates"]},
+        "schemes": {name: entry.get("scheme", name) for name, entry in quantized.items()},
+        "vae": provenance.get("vae_config"),
+    }
 
 
 def check_relative(name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import ArinarConfig
-from arinar.mixture_law import NUM_UNIFORMS
+from arinar.law import law_of
 
 MAX_SEED = 2**64 - 1
 
@@ -21,11 +21,17 @@ class Noise:
     order : (B, L) int64, a permutation of the grid positions per image. Generation runs from its end to its start:
         with m positions unknown and n after the step, the step generates ``order[n:m]``. For a causal model every row
         is the model's generation order reversed.
-    uniforms : (B, L, D, NUM_UNIFORMS) float32 in [0, 1), by position in the grid and feature.
+    draws : (B, L, D, U) float32, by position in the grid and feature: what the model's head draws with. Of a Gaussian
+        mixture head U = `arinar.mixture_law.NUM_UNIFORMS` uniforms in [0, 1).
     """
 
     order: npt.NDArray[np.int64]
-    uniforms: npt.NDArray[np.float32]
+    draws: npt.NDArray[np.float32]
+
+    @property
+    def uniforms(self) -> npt.NDArray[np.float32]:
+        """The draws, by the name that fits a Gaussian mixture head."""
+        return self.draws
 
     @classmethod
     def from_seed(cls, seed: int, indices: Sequence[int], config: ArinarConfig) -> Noise:
@@ -34,40 +40,33 @@ class Noise:
         Counter-based (Philox), keyed by (seed, image index): an image's noise does not depend on the others'.
         ``seed`` and the indices lie in 0..2**64-1.
         """
-        for name, value in (("seed", seed), *(("image index", index) for index in indices)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= MAX_SEED:
-                raise ValueError(f"{name} is {value!r}; expected an integer from 0 to 2**64 - 1")
-        orders, uniforms = [], []
-        for index in indices:
+        check_seed(seed, indices)
+        law = law_of(config)
+        shape = (len(indices), config.seq_len)
+        order = np.empty(shape, np.int64)
+        draws = np.empty((*shape, config.token_dim, law.size(config)), np.float32)
+        for row, index in enumerate(indices):
             generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
             # The permutation is drawn for causal models too, so that both kinds draw alike.
-            orders.append(generator.permutation(config.seq_len))
-            uniforms.append(generator.random((config.seq_len, config.token_dim, NUM_UNIFORMS), dtype=np.float32))
-        shape = (len(indices), config.seq_len)
-        order = np.array(orders, np.int64).reshape(shape)
+            order[row] = generator.permutation(config.seq_len)
+            draws[row] = law.make(generator, draws.shape[1:])
         if config.outer == "causal":
-            order = np.broadcast_to(np.array(config.generation_order[::-1], np.int64), shape).copy()
-        return cls(order, np.array(uniforms, np.float32).reshape(*shape, config.token_dim, NUM_UNIFORMS))
+            order[:] = np.array(config.generation_order[::-1], np.int64)
+        return cls(order, draws)
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, rows: slice) -> Noise:
-        return Noise(self.order[rows], self.uniforms[rows])
+    def __getitem__(self, rows: slice | npt.NDArray[np.integer]) -> Noise:
+        return Noise(self.order[rows], self.draws[rows])
 
     def padded(self, size: int) -> Noise:
         """The last image's noise repeated until there are ``size`` images."""
-        missing = size - len(self)
-        if missing <= 0:
-            return self
-        return Noise(
-            np.concatenate([self.order, np.repeat(self.order[-1:], missing, 0)]),
-            np.concatenate([self.uniforms, np.repeat(self.uniforms[-1:], missing, 0)]),
-        )
+        return self if size <= len(self) else self[np.minimum(np.arange(size), len(self) - 1)]
 
     def check(self, batch: int, config: ArinarConfig) -> None:
         """Raise ValueError unless this is noise for ``batch`` images of a model."""
-        order, uniforms = np.asarray(self.order), np.asarray(self.uniforms)
+        order, draws = np.asarray(self.order), np.asarray(self.draws)
         shape = (batch, config.seq_len)
         if order.shape != shape or order.dtype.kind not in "iu":
             raise ValueError(f"noise.order is {order.dtype} {order.shape}; expected int64 {shape}")
@@ -79,8 +78,15 @@ class Noise:
                 "noise.order differs from the causal model's generation order (reversed); "
                 "a causal model has one fixed order: use Noise.from_seed, or its order"
             )
-        want = (*shape, config.token_dim, NUM_UNIFORMS)
-        if uniforms.shape != want or uniforms.dtype != np.float32:
-            raise ValueError(f"noise.uniforms is {uniforms.dtype} {uniforms.shape}; expected float32 {want}")
-        if not ((uniforms >= 0) & (uniforms < 1)).all():
-            raise ValueError("noise.uniforms has values outside [0, 1)")
+        law = law_of(config)
+        want = (*shape, config.token_dim, law.size(config))
+        if draws.shape != want or draws.dtype != np.float32:
+            raise ValueError(f"noise.{law.noise} is {draws.dtype} {draws.shape}; expected float32 {want}")
+        law.check(draws)
+
+
+def check_seed(seed: int, indices: Sequence[int] = ()) -> None:
+    """Raise ValueError for a seed, or an image index, that is no integer from 0 to 2**64 - 1."""
+    for name, value in (("seed", seed), *(("image index", index) for index in indices)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= MAX_SEED:
+            raise ValueError(f"{name} is {value!r}; expected an integer from 0 to 2**64 - 1")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,26 +16,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from arinar.config import ArinarConfig
-from arinar.schedule import CFG_SCHEDULES, steps
 
 from .backends import open_backend
-from .backends.base import Array, Backend
+from .backends.base import Backend
 from .bundle import Bundle, Manifest
-from .loop import Loop
+from .loop import Loop, Made, Seconds
 from .noise import Noise
-
-# Images of a micro-batch where the caller does not say: about this many tokens at a time.
-DEFAULT_BATCH_TOKENS = 1024
+from .request import Sampling
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Passed to a callback after each outer step. ``images_done`` of ``images`` are finished."""
-
-    step: int
-    num_iter: int
-    images_done: int
-    images: int
+class GenerationCancelled(Exception):
+    """A callback of `Pipeline.generate` asked for the end. The pipeline can go on generating."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,36 @@ class Generation:
     labels: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """An outer step that has been taken: ``step`` of ``num_iter``, on a micro-batch of images ``rows`` of the call.
+
+    ``images_done`` of ``images`` were finished before. ``result``: with the last step of a call, what was made.
+    """
+
+    step: int
+    num_iter: int
+    images_done: int
+    images: int
+    rows: tuple[int, ...] = ()
+    result: Generation | None = None
+    _preview: Callable[[], list[Image.Image]] = field(default=list, repr=False, compare=False)
+
+    def preview(self) -> list[Image.Image]:
+        """The images ``rows`` as far as they are known by now, unknown tokens neutral (zero). Costs a run of the VAE."""
+        return self._preview()
+
+
 class Pipeline:
-    """A loaded bundle, ready to generate. Made by :meth:`load`."""
+    """A loaded bundle, ready to generate. Made by :meth:`load`.
+
+    May be used from several threads: calls take turns. It belongs to the process that loaded it.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend, precision: str, inner: str = "fused") -> None:
         self.bundle, self.backend, self.precision = bundle, backend, precision
         self.loop = Loop(backend, bundle.manifest.precision_graphs(precision), bundle.manifest.config, inner)
+        self._lock, self._busy, self._process = threading.Lock(), 0, os.getpid()
 
     @classmethod
     def load(
@@ -88,9 +105,9 @@ class Pipeline:
         """
         bundle = Bundle.open(path)
         precision = precision or default_precision(bundle.manifest)
-        graphs = bundle.manifest.precision_graphs(precision)
+        graphs = bundle.manifest.precision_graphs(precision).values()
         if verify:
-            bundle.verify(sorted({file for name, g in graphs.items() if name != "vae_encoder" for file in g.files}))
+            bundle.verify(sorted({file for graph in graphs if graph.phase != "encode" for file in graph.files}))
         return cls(bundle, open_backend(bundle, backend, precision, **options), precision, inner)
 
     @property
@@ -101,118 +118,157 @@ class Pipeline:
         self,
         labels: Sequence[int] | npt.NDArray[np.integer[Any]],
         *,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         cfg_schedule: str | None = None,
-        temperature: float | None = None,
+        temperature: float | Sequence[float] | None = None,
         num_iter: int | None = None,
         seed: int = 0,
+        indices: Sequence[int] | None = None,
         noise: Noise | None = None,
         batch_size: int | None = None,
-        callback: Callable[[Progress], None] | None = None,
+        callback: Callable[[Progress], object] | None = None,
     ) -> Generation:
         """Generate one image per label.
 
         Image i is determined, up to floating-point rounding, by (seed, i) and the sampling arguments. With
-        ``batch_size`` given it is determined to the last bit: short batches are padded to that size.
+        ``batch_size`` given it is determined to the last bit, whatever is generated beside it: short batches are padded
+        to that size.
 
         Parameters
         ----------
         labels : class ids, each in 0..num_classes-1.
-        guidance_scale : classifier-free guidance, at least 1; 1 runs no unconditional branch.
+        guidance_scale : classifier-free guidance, at least 1; 1 runs no unconditional branch. One for all, or one per
+            label.
         cfg_schedule : "linear" or "constant".
-        temperature : above 0, multiplies the component std.
+        temperature : above 0, multiplies the component std. One for all, or one per label.
         num_iter : outer steps, 1..L; a causal model takes L, one token a step.
         seed : 0..2**64-1. Ignored when ``noise`` is given.
+        indices : the images' indices in the seed's sequence; default 0, 1, ... `generate([5], seed=0, indices=[7])` is image
+            7 of a run with seed 0.
         noise : every random number, for len(labels) images.
         batch_size : images generated at a time.
-        callback : called after each outer step with a :class:`Progress`.
+        callback : called after each outer step with a :class:`Progress`; returns True to stop.
 
         Arguments left None take the bundle's defaults. Raises ValueError naming the argument, FloatingPointError
-        naming the graph where a computation was not finite.
+        naming the graph where a computation was not finite, GenerationCancelled where the callback said so, RuntimeError
+        for a call from within a callback or in a forked process.
         """
         began = time.perf_counter()
-        config, defaults = self.config, self.bundle.manifest.defaults
-        ids = check_labels(labels, config)
-        scale = check_number("guidance_scale", defaults.guidance_scale if guidance_scale is None else guidance_scale, 1.0)
-        heat = check_number("temperature", defaults.temperature if temperature is None else temperature, 0.0, strict=True)
-        schedule = defaults.cfg_schedule if cfg_schedule is None else cfg_schedule
-        plan = steps(config.seq_len, check_num_iter(num_iter, defaults.num_iter, config), scale, schedule)
-        if noise is None:
-            noise = Noise.from_seed(seed, range(len(ids)), config)
-        else:
-            noise.check(len(ids), config)
-        size = check_batch_size(batch_size, len(ids), config)
+        sampling = self.resolve(
+            labels,
+            guidance_scale=guidance_scale,
+            cfg_schedule=cfg_schedule,
+            temperature=temperature,
+            num_iter=num_iter,
+            seed=seed,
+            indices=indices,
+            noise=noise,
+            batch_size=batch_size,
+        )
+        with self._turn():
+            for progress in self._walk(sampling, began, watched=callback is not None):
+                if callback is not None and callback(progress) is True:
+                    raise GenerationCancelled(f"cancelled at step {progress.step} of {progress.num_iter}")
+        assert progress.result is not None
+        return progress.result
 
-        guided = scale != 1.0
-        self.loop.prepare(guided, size)
-        self.loop.seconds.clear()
-        images: list[Image.Image] = []
-        tokens: list[Array] = []
-        latents: list[Array] = []
-        for first in range(0, len(ids), size):
-            rows = slice(first, min(first + size, len(ids)))
-            batch, batch_noise = ids[rows], noise[rows]
-            if batch_size is not None:
-                batch_noise = batch_noise.padded(size)
-                batch = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch))])
+    def stream(
+        self, labels: Sequence[int] | npt.NDArray[np.integer[Any]], **arguments: Any
+    ) -> Generator[Progress, None, Generation]:
+        """Generate as :meth:`generate` does, step by step: yields a :class:`Progress` after every outer step, whose
+        ``preview()`` shows the images as far as they are known; the last one's ``result`` is the :class:`Generation`, which
+        the iterator also returns.
 
-            def on_step(step: int, done: int = first) -> None:
-                if callback:
-                    callback(Progress(step + 1, len(plan), done, len(ids)))
+        Closing the iterator cancels within one step. Other calls may take their turns between two steps. Arguments and
+        errors as for :meth:`generate`, without ``callback``; bad arguments are refused at once.
+        """
+        began = time.perf_counter()
+        return self._stream(self.resolve(labels, **arguments), began)
 
-            made = self.loop.run(batch, batch_noise, plan, guided=guided, temperature=heat, on_step=on_step)
-            count = rows.stop - rows.start
-            tokens.append(made.tokens[:count])
-            latents.append(made.latents[:count])
-            images += [Image.fromarray(image) for image in made.images[:count]]
-        timings = dict(self.loop.seconds)
-        timings["total"] = time.perf_counter() - began
-        return Generation(images, np.concatenate(tokens), np.concatenate(latents), timings, seed, [int(label) for label in ids])
+    def resolve(self, labels: Any, **arguments: Any) -> Sampling:
+        """The arguments of :meth:`generate`, checked, with the bundle's defaults. Raises ValueError."""
+        return Sampling.resolve(self.config, self.bundle.manifest.defaults, labels, **arguments)
+
+    def _stream(self, sampling: Sampling, began: float) -> Generator[Progress, None, Generation]:
+        walk = self._walk(sampling, began, watched=True)
+        try:
+            while True:
+                with self._turn():
+                    progress = next(walk)
+                yield progress
+                if progress.result is not None:
+                    return progress.result
+        finally:
+            walk.close()
+
+    def _walk(self, sampling: Sampling, began: float, *, watched: bool) -> Generator[Progress, None, None]:
+        """Every step of every micro-batch; the last with the result."""
+        count, done, seconds = len(sampling), 0, dict[str, float]()
+        tokens: list[Any] = [None] * count
+        latents: list[Any] = [None] * count
+        images: list[Any] = [None] * count
+        for rows, batch in sampling.batches():
+            self.loop.prepare(batch.guided, len(batch))
+            walk = self.loop.walk(batch, seconds, watched=watched)
+            known = (len(batch.plan), done, count, tuple(int(row) for row in rows))
+            for step in batch.plan[:-1]:
+                show = partial(self._show, next(walk).state, len(rows))
+                yield Progress(step.index + 1, *known, _preview=show)
+            next(walk)
+            made = _result(walk)
+            done += len(rows)
+            for place, row in enumerate(rows):
+                tokens[row], latents[row] = made.tokens[place], made.latents[place]
+                images[row] = Image.fromarray(made.images[place])
+            result = None
+            if done == count:
+                seconds["total"] = time.perf_counter() - began
+                labels = [int(label) for label in sampling.labels]
+                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, labels)
+            finished = [images[row] for row in rows]
+            yield Progress(len(batch.plan), *known, result=result, _preview=finished.copy)
+
+    def _show(self, state: Any, count: int) -> list[Image.Image]:
+        with self._turn(nested=True):
+            self.loop.decode(state)
+            images = self.backend.download(state.images)[:count]
+            return [Image.fromarray(image.copy()) for image in images]
+
+    @contextmanager
+    def _turn(self, *, nested: bool = False) -> Iterator[None]:
+        """One thread at a time. ``nested``: also from within a call of the same thread."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this pipeline was loaded in another process, whose threads a fork does not copy: load it again in this one"
+            )
+        if self._busy == threading.get_ident():
+            if not nested:
+                raise RuntimeError(
+                    "this pipeline is in the middle of a call of this thread (a callback?); generate after it, or load a "
+                    "second pipeline"
+                )
+            yield
+            return
+        with self._lock:
+            self._busy = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._busy = 0
+
+
+def _result(walk: Generator[Any, None, Made]) -> Made:
+    """What a walk returns, all of whose steps have been taken."""
+    try:
+        next(walk)
+    except StopIteration as end:
+        made: Made = end.value
+        return made
+    raise AssertionError("a walk of more steps than its plan has")
 
 
 def default_precision(manifest: Manifest) -> str:
     return "fp32" if "fp32" in manifest.graphs else next(iter(manifest.graphs))
 
 
-def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
-    """Class ids as (B,) int64. Raises ValueError for none, a wrong type, or one out of range."""
-    ids = np.asarray(labels)
-    if ids.size == 0:
-        raise ValueError("labels is empty; give at least one class id")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"labels is {ids.dtype} with shape {ids.shape}; expected a list of integer class ids")
-    if (bad := ids[(ids < 0) | (ids >= config.num_classes)]).size:
-        raise ValueError(f"label {int(bad[0])} is out of range; this model has classes 0..{config.num_classes - 1}")
-    return ids.astype(np.int64)
-
-
-def check_number(name: str, value: Any, least: float, *, strict: bool = False) -> float:
-    bound = f"above {least:g}" if strict else f"at least {least:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number {bound}")
-    if value < least or (strict and value == least):
-        raise ValueError(f"{name} is {value!r}; expected a number {bound}")
-    return float(value)
-
-
-def check_num_iter(value: Any, default: int, config: ArinarConfig) -> int:
-    length = config.seq_len
-    if config.outer == "causal":
-        if value not in (None, length):
-            raise ValueError(f"num_iter is {value!r}; a causal model generates one token a step: {length}, or None")
-        return length
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= length:
-        raise ValueError(f"num_iter is {value!r}; expected an integer from 1 to {length} (one token a step at most)")
-    return int(value)
-
-
-def check_batch_size(value: Any, count: int, config: ArinarConfig) -> int:
-    if value is None:
-        return min(count, max(1, DEFAULT_BATCH_TOKENS // config.seq_len))
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"batch_size is {value!r}; expected an integer of at least 1")
-    return int(value)
-
-
-__all__ = ["CFG_SCHEDULES", "Generation", "Pipeline", "Progress"]
+__all__ = ["Generation", "GenerationCancelled", "Pipeline", "Progress", "Seconds"]

@@ -11,8 +11,7 @@ from PIL import Image
 
 from .bundle import MANIFEST_NAME, file_sha256
 from .images import read_metadata, save_png
-from .noise import Noise
-from .pipeline import Pipeline, check_batch_size, check_labels, check_num_iter
+from .pipeline import Pipeline
 
 
 class Worklist:
@@ -33,29 +32,17 @@ class Worklist:
         overwrite: bool = False,
         **sampling: Any,
     ) -> None:
-        self.pipeline, self.seed, self.batch_size = pipeline, seed, batch_size
-        self.labels = [int(label) for label in check_labels(labels, pipeline.config)]
-        self.sampling = sampling
-        defaults = pipeline.bundle.manifest.defaults
-        self.num_iter = check_num_iter(sampling.get("num_iter"), defaults.num_iter, pipeline.config)
-        Noise.from_seed(seed, [], pipeline.config)  # checks the seed
+        self.pipeline = pipeline
+        self.sampling = pipeline.resolve(labels, seed=seed, batch_size=batch_size, **sampling)
+        self.labels = self.sampling.labels.tolist()
         self.out = Path(out)
         _writable(self.out)
         digits = max(6, len(str(len(labels) - 1)))
         self.paths = [self.out / f"{index:0{digits}d}.png" for index in range(len(labels))]
         manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
-        settings = {
-            name: getattr(defaults, name) if value is None else value
-            for name, value in {
-                "guidance_scale": None,
-                "cfg_schedule": None,
-                "temperature": None,
-                **sampling,
-                "num_iter": self.num_iter,
-            }.items()
-        }
+        made_by = {"seed": seed, "precision": pipeline.precision, "bundle": manifest[:16]}
         self.metadata = [
-            settings | {"seed": seed, "index": index, "label": label, "precision": pipeline.precision, "bundle": manifest[:16]}
+            self.sampling.settings(index) | made_by | {"index": index, "label": label}
             for index, label in enumerate(self.labels)
         ]
         self.missing: list[int] = []
@@ -69,22 +56,24 @@ class Worklist:
 
     def run(self, on_steps: Callable[[int], object] | None = None) -> dict[str, float]:
         """Generate what is missing -> seconds by phase. ``on_steps`` gets image-steps done since the last call."""
-        size = check_batch_size(self.batch_size, max(1, len(self.missing)), self.pipeline.config)
-        timings: dict[str, float] = {"total": 0.0}
-        for first in range(0, len(self.missing), size):
-            indices = self.missing[first : first + size]
-            noise = Noise.from_seed(self.seed, indices, self.pipeline.config)
+        sampling, timings = self.sampling, {"total": 0.0}
+        for first in range(0, len(self.missing), sampling.size):
+            indices = self.missing[first : first + sampling.size]
 
             def step(_: object, count: int = len(indices)) -> None:
                 if on_steps:
                     on_steps(count)
 
             made = self.pipeline.generate(
-                [self.labels[i] for i in indices],
-                noise=noise,
-                batch_size=self.batch_size,
+                [self.labels[index] for index in indices],
+                guidance_scale=sampling.guidance_scale[indices].tolist(),
+                temperature=sampling.temperature[indices].tolist(),
+                cfg_schedule=sampling.cfg_schedule,
+                num_iter=sampling.num_iter,
+                seed=sampling.seed,
+                indices=indices,
+                batch_size=sampling.batch_size,
                 callback=step,
-                **self.sampling,
             )
             for index, image in zip(indices, made.images, strict=True):
                 save_png(image, self.paths[index], self.metadata[index])

@@ -57,7 +57,7 @@ class FakeCudaRuntime:
     """What `arinar.runtime.backends.cuda` uses of `cuda.bindings.runtime`, and a log of the calls."""
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
-    cudaStreamNonBlocking, cudaEventDefault = 1, 0
+    cudaStreamNonBlocking, cudaEventDisableTiming = 1, 2
 
     def __init__(self, memory: int = 2**40, devices: int = 1, driver: int = 13000) -> None:
         self.total, self.devices, self.driver = memory, devices, driver
@@ -202,9 +202,6 @@ class FakeCudaRuntime:
 
     def cudaEventSynchronize(self, event: int) -> None:
         self.cudaStreamSynchronize(STREAM)
-
-    def cudaEventElapsedTime(self, start: int, end: int) -> float:
-        return float(end - start)
 
     def cudaEventDestroy(self, event: int) -> None:
         pass

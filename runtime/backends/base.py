@@ -6,7 +6,9 @@ the loop handles buffers only by slicing their first axis and reshaping, which n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -14,24 +16,42 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-class Buffer(Protocol):
-    """Memory of a backend with a shape: a NumPy array on the CPU, a device pointer on a GPU."""
+@dataclass(frozen=True)
+class Rows:
+    """The independent rows of a launch: which axis of each buffer counts images, and which guidance branches, where
+    those are independent too. What is not named is the same for all rows.
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def __getitem__(self, rows: slice) -> Any: ...  # a view of some rows
-    def reshape(self, *shape: int) -> Any: ...  # a view
+    apart : every row is to be computed as if it were alone, whatever is asked for beside it.
+    """
+
+    images: Mapping[str, int]
+    branches: Mapping[str, int] = field(default_factory=dict)
+    apart: bool = False
+
+    def count(self, buffers: Mapping[str, Any]) -> tuple[int, int]:
+        """Images, and branches that are independent (1 where they are not)."""
+        name, axis = next(iter(self.images.items()))
+        images = buffers[name].shape[axis]
+        branches = next((buffers[name].shape[axis] for name, axis in self.branches.items()), 1)
+        return images, branches
 
 
 class Backend(Protocol):
-    """What the loop needs of an execution backend."""
+    """What the loop needs of an execution backend.
+
+    Buffers are the backend's own: a NumPy array, a device pointer with a shape. They have ``shape``, ``buffer[rows]`` is a
+    view of a range of the first axis, ``buffer.reshape(*shape)`` a view of another shape.
+    """
 
     name: str
     #: True where `launch` returns only when the graph has run (so phases can be timed one by one).
     synchronous: bool
 
+    def describe(self) -> dict[str, Any]:
+        """Settings that a report should tell, by name: of the CPU ``threads`` and ``low_memory``, say."""
+
     def prepare(self, *graphs: str, rows: int | None = None) -> None:
-        """Load graphs ahead of their first launch; ``rows`` is what `parts` will be asked of their launches, if at all."""
+        """Load graphs ahead of their first launch; ``rows``: how many independent rows the launches will have, if any."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A zeroed buffer."""
@@ -42,6 +62,9 @@ class Backend(Protocol):
     def write(self, buffer: Any, array: Array) -> None:
         """Replace the content of a buffer."""
 
+    def clear(self, buffer: Any) -> None:
+        """Fill a buffer with zeros."""
+
     def download(self, buffer: Any) -> Array:
         """The content of a buffer; waits for what was launched before."""
 
@@ -51,19 +74,30 @@ class Backend(Protocol):
     def write_slots(self, rows: Any, target: Any, slot: int) -> None:
         """rows (N, H, count, d) -> target[:, :, slot : slot + count] of a cache (N, H, S, d)."""
 
-    def execute(self, key: tuple[Any, ...], launches: Callable[[], None]) -> None:
-        """Carry out a fixed sequence of launches. Sequences of one key are the same launches on the same buffers, so a
-        backend may record the first and replay it."""
+    def execute(self, owner: Hashable, key: Hashable, launches: Callable[[], None]) -> None:
+        """Carry out a fixed sequence of launches. Sequences of one owner and key are the same launches on the same
+        buffers, so a backend may record the first and replay it."""
 
-    def forget(self, key: tuple[Any, ...]) -> None:
-        """The buffers of this sequence are about to go: drop what was recorded of it."""
+    def forget(self, owner: Hashable) -> None:
+        """The owner's buffers are about to go: drop what was recorded on them."""
 
-    def launch(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Run a graph; its outputs are written into the given buffers."""
+    def mark(self) -> Any:
+        """A point in the work that was launched so far."""
 
-    def parts(self, graph: str, rows: int) -> int:
-        """Into how many launches, for `launch_all`, so many independent rows had better be divided: 1 to ``rows``.
-        More than 1 only where buffers are NumPy arrays, which can be sliced along any axis."""
+    def wait(self, mark: Any) -> None:
+        """Return when the work before a mark is done."""
 
-    def launch_all(self, graph: str, jobs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Run a graph on several (inputs, outputs), in any order or at the same time."""
+    def launch(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: Rows | None = None) -> None:
+        """Run a graph; its outputs are written into the given buffers.
+
+        A graph's row axis may come as several axes of a buffer, which are merged. ``rows`` tells which of them are
+        independent of one another: a backend may compute them in several launches.
+        """
+
+
+def merged(buffer: Any, rank: int) -> Any:
+    """A buffer with so many of its first axes made one that it has ``rank`` axes."""
+    surplus = len(buffer.shape) - rank
+    if surplus <= 0:
+        return buffer
+    return buffer.reshape(math.prod(buffer.shape[: surplus + 1]), *buffer.shape[surplus + 1 :])

@@ -204,20 +204,17 @@ class Cuda:
         self.call("cudaStreamSynchronize", self._stream)
         self._unfinished.clear()
 
-    # Events: time on the device.
+    # Events: how far the device is.
 
     def record_event(self) -> Any:
-        event = self.call("cudaEventCreateWithFlags", self.runtime.cudaEventDefault)
+        event = self.call("cudaEventCreateWithFlags", self.runtime.cudaEventDisableTiming)
         self.call("cudaEventRecord", event, self._stream)
         return event
 
-    def milliseconds(self, start: Any, end: Any) -> float:
-        """Time between two events, which are then destroyed; waits for the second."""
-        self.call("cudaEventSynchronize", end)
-        elapsed = float(self.call("cudaEventElapsedTime", start, end))
-        for event in (start, end):
-            self.call("cudaEventDestroy", event)
-        return elapsed
+    def wait_event(self, event: Any) -> None:
+        """Wait until what was launched before the event is done, and destroy it."""
+        self.call("cudaEventSynchronize", event)
+        self.call("cudaEventDestroy", event)
 
     # Graphs.
 

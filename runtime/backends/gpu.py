@@ -6,22 +6,22 @@ nothing waits: `execute` only enqueues work on one stream.
 CUDA graphs. The first time that a sequence of launches is executed, it simply runs: libraries load their kernels,
 allocate, and settle on shapes and addresses. The second time it is captured, and replayed from then on. A launch in
 a captured sequence finds its inputs and outputs at fixed addresses: those of the loop's buffers, or of a staging buffer
-where the loop's address differs from launch to launch or is not aligned.
+where the loop's address differs from launch to launch or is not aligned. What a library holds for a launch (a binding)
+is shared by all sequences on the same buffers: a captured graph keeps the addresses that it was captured with.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle, BundleError, GraphInfo
-from .base import Array
+from .base import Array, Rows, merged
 from .cuda import Cuda, CudaError, DeviceBuffer
 
 #: Launches recorded in one CUDA graph; longer sequences become several graphs, replayed in order. A launch is some
@@ -29,18 +29,6 @@ from .cuda import Cuda, CudaError, DeviceBuffer
 LAUNCHES_PER_GRAPH = 64
 #: TensorRT asks for it of every address, and kernels that read vectors rely on it.
 ALIGNMENT = 256
-
-CUDA_GRAPHS_VARIABLE = "ARINAR_CUDA_GRAPHS"
-
-
-def cuda_graphs_wanted(value: bool | None, default: bool) -> bool:
-    """The switch: what the caller says, else the environment variable ARINAR_CUDA_GRAPHS (0 or 1), else the default."""
-    if value is not None:
-        return value
-    text = os.environ.get(CUDA_GRAPHS_VARIABLE, "")
-    if text not in ("", "0", "1"):
-        raise ValueError(f"{CUDA_GRAPHS_VARIABLE} is {text!r}; expected 0 or 1")
-    return text == "1" if text else default
 
 
 @dataclass
@@ -60,11 +48,18 @@ class Binding:
 
 @dataclass
 class Recording:
-    """One key of `execute`: how often it has run, what it is bound to, the graphs that replay it."""
+    """One sequence of launches: how often it has run, whether to capture it, the graphs that replay it."""
 
-    capture: bool
+    capture: bool = True
     runs: int = 0
     graphs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Owned:
+    """What belongs to the buffers of one owner: its sequences, and what their launches are bound to."""
+
+    sequences: dict[Hashable, Recording] = field(default_factory=dict)
     bindings: dict[Any, Binding] = field(default_factory=dict)
 
 
@@ -86,26 +81,19 @@ class CudaBackend:
         self.cuda_graphs = cuda_graphs
         self._bundle, self._precision = bundle, precision
         self._graphs: dict[str, GraphInfo] = bundle.manifest.precision_graphs(precision)
-        self._sequences: dict[tuple[Any, ...], Recording] = {}
-        self._current: Recording | None = None
+        self._owned: dict[Hashable, Owned] = {}
+        self._current: tuple[Owned, Recording] | None = None
         self._captured_launches = 0
         self._loose: dict[Any, Binding] = {}  # of launches outside a recorded sequence
         self._pools: dict[tuple[str, int], DeviceBuffer] = {}
         # Stands for tensors without elements: libraries want an address all the same.
         self._nothing = self.cuda.empty((ALIGNMENT,), "uint8")
-        weakref.finalize(self, _destroy_graphs, self.cuda, self._sequences)
+        weakref.finalize(self, _destroy_all, self.cuda, self._owned)
 
     # Of a subclass.
 
     def prepare(self, *graphs: str, rows: int | None = None) -> None:
         raise NotImplementedError
-
-    def parts(self, graph: str, rows: int) -> int:
-        return 1
-
-    def launch_all(self, graph: str, jobs: Sequence[tuple[Mapping[str, DeviceBuffer], Mapping[str, DeviceBuffer]]]) -> None:
-        for inputs, outputs in jobs:
-            self.launch(graph, inputs, outputs)
 
     def _aliases(self, graph: str) -> Mapping[str, str]:
         """Outputs that the library writes in place of an input: output name -> input name."""
@@ -118,6 +106,9 @@ class CudaBackend:
     def _run(self, graph: str, binding: Binding) -> None:
         """Enqueue the graph on the stream."""
         raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {"cuda_graphs": self.cuda_graphs}
 
     # Memory.
 
@@ -135,6 +126,9 @@ class CudaBackend:
 
     def write(self, buffer: DeviceBuffer, array: Array) -> None:
         self.cuda.upload(array, buffer)
+
+    def clear(self, buffer: DeviceBuffer) -> None:
+        self.cuda.clear(buffer)
 
     def download(self, buffer: DeviceBuffer) -> Array:
         return self.cuda.download(buffer)
@@ -163,14 +157,15 @@ class CudaBackend:
 
     # Sequences.
 
-    def execute(self, key: tuple[Any, ...], launches: Callable[[], None]) -> None:
+    def execute(self, owner: Hashable, key: Hashable, launches: Callable[[], None]) -> None:
         self.cuda.activate()
         if not self.cuda_graphs:
             launches()
             return
-        sequence = self._sequences.setdefault(key, Recording(capture=True))
+        owned = self._owned.setdefault(owner, Owned())
+        sequence = owned.sequences.setdefault(key, Recording())
         if not sequence.graphs:
-            self._current = sequence
+            self._current = owned, sequence
             try:
                 if sequence.runs and sequence.capture:
                     self._capture(sequence, launches)
@@ -193,31 +188,49 @@ class CudaBackend:
             sequence.graphs.append(self.cuda.end_capture())
         except Exception as error:
             self.cuda.abandon_capture()
-            _destroy_graphs(self.cuda, {(): sequence})
+            _destroy_graphs(self.cuda, sequence)
             sequence.capture = False
             warnings.warn(
                 f"{self.name}: the launches could not be captured in a CUDA graph ({error}); they are issued one by "
-                f"one instead, which is slower. Set {CUDA_GRAPHS_VARIABLE}=0 to do without the attempt",
+                f"one instead, which is slower. cuda_graphs=False (--no-cuda-graphs) does without the attempt",
                 RuntimeWarning,
                 stacklevel=4,
             )
         except BaseException:
             self.cuda.abandon_capture()
-            _destroy_graphs(self.cuda, {(): sequence})
+            _destroy_graphs(self.cuda, sequence)
             raise
 
-    def forget(self, key: tuple[Any, ...]) -> None:
-        sequence = self._sequences.pop(key, None)
-        if sequence is not None:
+    def forget(self, owner: Hashable) -> None:
+        owned = self._owned.pop(owner, None)
+        if owned is not None:
             self.cuda.synchronize()
-            _destroy_graphs(self.cuda, {key: sequence})  # before the contexts and addresses that they use
-            sequence.bindings.clear()
+            _destroy_all(self.cuda, {owner: owned})  # before the contexts and addresses that they use
+            owned.bindings.clear()
+
+    def mark(self) -> Any:
+        return self.cuda.record_event()
+
+    def wait(self, mark: Any) -> None:
+        self.cuda.wait_event(mark)
 
     # Launches.
 
-    def launch(self, graph: str, inputs: Mapping[str, DeviceBuffer], outputs: Mapping[str, DeviceBuffer]) -> None:
-        """Enqueue a graph, with device-to-device copies around it where an address cannot be given to the library."""
+    def launch(
+        self,
+        graph: str,
+        inputs: Mapping[str, DeviceBuffer],
+        outputs: Mapping[str, DeviceBuffer],
+        rows: Rows | None = None,
+    ) -> None:
+        """Enqueue a graph, with device-to-device copies around it where an address cannot be given to the library.
+
+        All rows go into one launch."""
         self.prepare(graph)
+        info = self._info(graph)
+        ranks = {tensor.name: len(tensor.shape) for tensor in (*info.inputs, *info.outputs)}
+        inputs = {name: merged(buffer, ranks.get(name, 0)) for name, buffer in inputs.items()}
+        outputs = {name: merged(buffer, ranks.get(name, 0)) for name, buffer in outputs.items()}
         buffers = {**inputs, **outputs}
         binding = self._binding(graph, buffers)
         addresses = {name: self._address(binding, name, buffer) for name, buffer in buffers.items()}
@@ -243,11 +256,11 @@ class CudaBackend:
             self._count_launch()
 
     def _binding(self, graph: str, buffers: Mapping[str, DeviceBuffer]) -> Binding:
-        """In a sequence, one per graph and shapes, so that nothing about it changes between capture and replay."""
+        """In a sequence, one per graph and shapes, so that a capture finds settled what the run before it has made."""
         if self._current is None:
             return self._loose.setdefault(graph, Binding())
         key = (graph, tuple(buffer.shape for buffer in buffers.values()))
-        return self._current.bindings.setdefault(key, Binding())
+        return self._current[0].bindings.setdefault(key, Binding())
 
     def _address(self, binding: Binding, name: str, buffer: DeviceBuffer) -> int:
         """Where the library is to find a tensor: in the buffer itself, or in a staging buffer."""
@@ -262,7 +275,7 @@ class CudaBackend:
     def _count_launch(self) -> None:
         self._captured_launches += 1
         if self._captured_launches % LAUNCHES_PER_GRAPH == 0 and self._current is not None:
-            self._current.graphs.append(self.cuda.end_capture())
+            self._current[1].graphs.append(self.cuda.end_capture())
             self.cuda.begin_capture()
 
     def _info(self, graph: str) -> GraphInfo:
@@ -271,10 +284,15 @@ class CudaBackend:
         return self._graphs[graph]
 
 
-def _destroy_graphs(cuda: Cuda, sequences: Mapping[Any, Recording]) -> None:
-    for sequence in sequences.values():
-        while sequence.graphs:
-            cuda.destroy_graph(sequence.graphs.pop())
+def _destroy_graphs(cuda: Cuda, sequence: Recording) -> None:
+    while sequence.graphs:
+        cuda.destroy_graph(sequence.graphs.pop())
+
+
+def _destroy_all(cuda: Cuda, owned: Mapping[Hashable, Owned]) -> None:
+    for owner in owned.values():
+        for sequence in owner.sequences.values():
+            _destroy_graphs(cuda, sequence)
 
 
 def check_buffer(graph: str, name: str, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: Any) -> None:

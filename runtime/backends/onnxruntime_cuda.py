@@ -24,7 +24,7 @@ import numpy as np
 from ..bundle import Bundle, BundleError
 from ..machine import onnxruntime_distribution
 from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
-from .gpu import Binding, CudaBackend, cuda_graphs_wanted
+from .gpu import Binding, CudaBackend
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL_HINT = (
@@ -55,7 +55,7 @@ class OnnxRuntimeCuda(CudaBackend):
         bundle: Bundle,
         precision: str,
         *,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = False,
         tf32: bool = False,
         wait: bool = False,
         device: int = 0,
@@ -63,7 +63,7 @@ class OnnxRuntimeCuda(CudaBackend):
         cuda: Cuda | None = None,
     ) -> None:
         self._ort = load_onnxruntime()
-        super().__init__(bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, False), device=device, cuda=cuda)
+        super().__init__(bundle, precision, cuda_graphs=cuda_graphs, device=device, cuda=cuda)
         self._sessions: dict[str, Any] = {}
         self._options = self._ort.SessionOptions()
         self._options.log_severity_level = log_severity

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Precisions whose graphs multiply 8-bit integers.
-INTEGER_PRECISIONS = ("int8", "int8-static")
+#: Schemes whose graphs multiply 8-bit integers.
+INTEGER_SCHEMES = ("int8", "int8-static")
 EXACT_PRODUCTS = "session.x64quantprecision"
 
 

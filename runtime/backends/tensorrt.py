@@ -17,7 +17,7 @@ from typing import Any
 from ..bundle import Bundle, BundleError
 from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
 from .engines import MODULES, RUNTIME_ONLY, Engine, EngineError, build_command, find_engines, list_engines
-from .gpu import Binding, CudaBackend, check_buffer, cuda_graphs_wanted
+from .gpu import Binding, CudaBackend, check_buffer
 
 #: Libraries that run engines, best first.
 LIBRARIES = ("tensorrt", "tensorrt_lean", "tensorrt_rtx")
@@ -26,8 +26,8 @@ INSTALL_HINTS = {
     "tensorrt_lean": "`pip install tensorrt_lean` installs it",
     "tensorrt_rtx": "`pip install arinar[tensorrt-rtx]` installs it",
 }
-#: Graphs that every generation launches; what else it needs depends on its arguments.
-ALWAYS = ("outer_step", "tokens_to_latents", "vae_decoder")
+#: Phases whose graphs every generation launches; which of the head's it needs depends on its arguments.
+ALWAYS = ("outer", "decode")
 
 
 class TensorRt(CudaBackend):
@@ -55,11 +55,11 @@ class TensorRt(CudaBackend):
         precision: str,
         *,
         module: str | None = None,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = True,
         device: int = 0,
         cuda: Cuda | None = None,
     ) -> None:
-        super().__init__(bundle, precision, cuda_graphs=cuda_graphs_wanted(cuda_graphs, True), device=device, cuda=cuda)
+        super().__init__(bundle, precision, cuda_graphs=cuda_graphs, device=device, cuda=cuda)
         capability = self.cuda.info.compute_capability
         self.module = choose_module(bundle, precision, capability, module)
         self._trt = load_library(self.module)
@@ -77,7 +77,7 @@ class TensorRt(CudaBackend):
             raise CudaError(f"{self.module} cannot start: {self._log.recent()}")
         self._engines: dict[str, Any] = {}
         self._in_place: dict[str, dict[str, str]] = {}
-        self.prepare(*ALWAYS)
+        self.prepare(*always(bundle, precision))
 
     # Engines.
 
@@ -227,7 +227,7 @@ class TensorRt(CudaBackend):
         if not context.execute_async_v3(self.cuda.stream):
             raise self._failure(f"graph {graph!r} did not run")
         if self._current is not None and not self.cuda.capturing and hasattr(context, "is_stream_capturable"):
-            self._current.capture &= bool(context.is_stream_capturable(self.cuda.stream))
+            self._current[1].capture &= bool(context.is_stream_capturable(self.cuda.stream))
 
     def _failure(self, what: str, remedy: str = "") -> CudaError:
         logged = self._log.recent()
@@ -281,7 +281,7 @@ def choose_module(bundle: Bundle, precision: str, compute_capability: str, modul
             library = load_library(name)
             find_engines(
                 bundle,
-                ALWAYS,
+                always(bundle, precision),
                 module=name,
                 version=library.__version__,
                 compute_capability=compute_capability,
@@ -301,6 +301,11 @@ def choose_module(bundle: Bundle, precision: str, compute_capability: str, modul
         f"the bundle has no {precision} engines for {', '.join(present)} ({have}). "
         f"Run `{build_command(bundle, builder if builder in MODULES.values() else present[0], precision)}`"
     )
+
+
+def always(bundle: Bundle, precision: str) -> list[str]:
+    """The graphs that every generation with a bundle launches."""
+    return [name for name, info in bundle.manifest.precision_graphs(precision).items() if info.phase in ALWAYS]
 
 
 @functools.cache

@@ -1,0 +1,195 @@
+"""The outer step of both kinds of model: what it launches on which part of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from arinar.config import ArinarConfig
+from arinar.schedule import Step
+
+from .backends.base import Array, Backend, Rows
+from .bundle import BundleError, GraphInfo
+from .cache import KVCache
+from .request import Batch
+from .state import State
+
+# Labels whose z of the first step is kept: (L, C) float32 each, 0.8 MB at the published size.
+KEPT_LABELS = 32
+
+
+class Outer(Protocol):
+    """Made with (backend, graphs, config)."""
+
+    def prepare(self, batch: int, branches: int) -> None:
+        """Load the graphs."""
+
+    def allocate(self, state: State) -> Any:
+        """Buffers of this kind's own."""
+
+    def fill(self, state: State, batch: Batch) -> None:
+        """What has to be ready before the first step."""
+
+    def step(self, state: State, step: Step) -> Any:
+        """z (G, P, B, C) of the tokens that this step generates, conditional rows first."""
+
+
+class MaskedOuter:
+    """Every step recomputes z from all visible tokens.
+
+    At the first step no token is visible: z depends on the label and the position alone. With ``keep_first_step`` it is
+    computed once per label, for all positions, and uploaded with the rest of a micro-batch.
+    """
+
+    GRAPHS = ("outer_step",)
+    INPUTS = ("visible_tokens", "visible_positions", "target_positions", "hidden_positions", "labels")
+    # Axes of images, and of guidance branches.
+    IMAGES: ClassVar = {**dict.fromkeys(INPUTS, 1), "z": 2}
+    BRANCHES: ClassVar = {"labels": 0, "z": 0}
+
+    def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, keep_first_step: bool) -> None:
+        self.backend, self.config, self.keep_first_step = backend, config, keep_first_step
+        self.first: dict[int, Array] = {}  # label -> z (L, C), the most recently used last
+
+    def prepare(self, batch: int, branches: int) -> None:
+        self.backend.prepare("outer_step", rows=batch * branches)
+
+    def allocate(self, state: State) -> Any:
+        return None
+
+    def fill(self, state: State, batch: Batch) -> None:
+        step = batch.plan[0]
+        if self._kept(step):
+            labels, targets = branch_labels(batch), batch.noise.order.T[step.remaining :]  # (G, B), (P, B)
+            known = self._first_z(list(dict.fromkeys(labels.flatten().tolist())))
+            z = np.stack(
+                [np.stack([known[int(label)][targets[:, image]] for image, label in enumerate(row)], 1) for row in labels]
+            )
+            self.backend.write(self._z(state, step), z)
+
+    def step(self, state: State, step: Step) -> Any:
+        z = self._z(state, step)
+        if not self._kept(step):
+            inputs = {
+                "visible_tokens": state.tokens[step.masked :],
+                "visible_positions": state.order[step.masked :],
+                "target_positions": state.order[step.remaining : step.masked],
+                "hidden_positions": state.order[: step.remaining],
+                "labels": state.labels,
+            }
+            self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, self.BRANCHES))
+        return z
+
+    def _kept(self, step: Step) -> bool:
+        return self.keep_first_step and step.masked == self.config.seq_len
+
+    def _z(self, state: State, step: Step) -> Any:
+        rows = state.branches * step.count * state.batch
+        return state.z[:rows].reshape(state.branches, step.count, state.batch, self.config.z_width)
+
+    def _first_z(self, labels: list[int]) -> dict[int, Array]:
+        """z (L, C) of the first step by label; every label is computed as if it were alone."""
+        length, missing = self.config.seq_len, [label for label in labels if label not in self.first]
+        known = {label: self.first.pop(label) for label in labels if label not in missing}
+        if missing:
+            count, upload = len(missing), self.backend.upload
+            nothing = upload(np.empty((0, count), np.int64))
+            z = self.backend.empty((1, length, count, self.config.z_width), "float32")
+            inputs = {
+                "visible_tokens": upload(np.empty((0, count, self.config.token_dim), np.float32)),
+                "visible_positions": nothing,
+                "target_positions": upload(np.repeat(np.arange(length)[:, None], count, 1)),
+                "hidden_positions": nothing,
+                "labels": upload(np.array([missing], np.int64)),
+            }
+            self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, apart=True))
+            made = self.backend.download(z)[0]
+            known |= {label: np.ascontiguousarray(made[:, place]) for place, label in enumerate(missing)}
+        self.first |= known  # at the end: most recently used
+        for label in list(self.first)[: max(0, len(self.first) - KEPT_LABELS)]:
+            del self.first[label]
+        return known
+
+
+@dataclass
+class CausalBuffers:
+    """Of a causal model: the image of each cache row, positions 0..L-1, the cache, the rows of the class buffer."""
+
+    rows: Any
+    positions: Any
+    cache: KVCache
+    prefix: dict[str, Any]
+
+
+class CausalOuter:
+    """One token a step, against a KV cache."""
+
+    GRAPHS = ("outer_prefill", "outer_step")
+    INPUTS = ("token", "rows", "position")
+
+    def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, keep_first_step: bool) -> None:
+        self.backend, self.config, self.graph = backend, config, graphs["outer_step"]
+
+    def prepare(self, batch: int, branches: int) -> None:
+        self.backend.prepare("outer_prefill", "outer_step")
+
+    def allocate(self, state: State) -> CausalBuffers:
+        backend, rows = self.backend, state.branches * state.batch
+        cache = KVCache(backend, self.graph, rows)
+        prefix = {}
+        for tensor in self.graph.inputs:
+            if tensor.name in cache.past:
+                _, heads, _, head_dim = cache.past[tensor.name].shape
+                prefix[tensor.name] = backend.empty((rows, heads, self.config.buffer_size, head_dim), tensor.dtype)
+        return CausalBuffers(
+            rows=backend.upload(np.tile(np.arange(state.batch, dtype=np.int64), state.branches)),
+            positions=backend.upload(np.arange(self.config.seq_len, dtype=np.int64)),
+            cache=cache,
+            prefix=prefix,
+        )
+
+    def fill(self, state: State, batch: Batch) -> None:
+        pass
+
+    def step(self, state: State, step: Step) -> Any:
+        own: CausalBuffers = state.outer
+        rows = state.branches * state.batch
+        z = state.z[:rows]
+        if step.index == 0:
+            present = {name.replace("past_key_values", "present", 1): value for name, value in own.prefix.items()}
+            self.backend.launch("outer_prefill", {"labels": state.labels.reshape(rows)}, {"z": z, **present})
+            own.cache.fill(own.prefix)
+        else:
+            position = step.index - 1
+            inputs = {
+                "token": state.tokens[step.masked : step.masked + 1].reshape(state.batch, -1),
+                "rows": own.rows,
+                "position": own.positions[position : position + 1],
+                **own.cache.past,
+            }
+            self.backend.launch("outer_step", inputs, {"z": z, **own.cache.present})
+            own.cache.write(self.config.buffer_size + position)
+        return z.reshape(state.branches, 1, state.batch, self.config.z_width)
+
+
+#: By `config.outer`.
+OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOuter, "causal": CausalOuter}
+
+
+def branch_labels(batch: Batch) -> Array:
+    """(G, B): the labels, and -1 for the unconditional branch."""
+    return np.stack([batch.labels, np.full_like(batch.labels, -1)])[: batch.branches]
+
+
+def check_interface(graph: GraphInfo, inputs: tuple[str, ...], config: ArinarConfig) -> None:
+    """Raise BundleError where `outer_step` is not that of the model that the config describes."""
+    names = [t.name for t in graph.inputs if not t.name.startswith("past_key_values.")]
+    width = next((t.shape[-1] for t in graph.outputs if t.name == "z"), None)
+    if names != list(inputs) or width != config.z_width:
+        raise BundleError(
+            f"graph 'outer_step' does not fit a {config.outer} model of width {config.z_width}: its inputs are "
+            f"{', '.join(names)}, its z is {width} wide; export the model again"
+        )

@@ -1,0 +1,219 @@
+"""What is asked for: the one place where sampling arguments are checked and take their defaults, and the micro-batches
+that the loop sees of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arinar.config import ArinarConfig
+from arinar.schedule import Step, check_cfg_schedule, guidance_at, steps
+
+from .bundle import Defaults
+from .noise import Noise, check_seed
+
+# Images of a micro-batch where the caller does not say: about this many tokens at a time.
+DEFAULT_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B images: all that the loop knows of a request.
+
+    labels : (B,) int64. noise : of B images. guidance_scale, temperature : (B,) float64, image by image.
+    cfg_schedule : how guidance grows over the steps. plan : the outer steps.
+
+    All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed.
+    """
+
+    labels: npt.NDArray[np.int64]
+    noise: Noise
+    guidance_scale: npt.NDArray[np.float64]
+    temperature: npt.NDArray[np.float64]
+    cfg_schedule: str
+    plan: list[Step]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def guided(self) -> bool:
+        return bool((self.guidance_scale != 1.0).any())
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guided else 1
+
+    def guidance_rows(self, length: int) -> npt.NDArray[np.float32]:
+        """(L, B) in generation order: how strongly each token is guided."""
+        rows = np.ones((length, len(self)), np.float32)
+        for step in self.plan:
+            rows[step.remaining : step.masked] = guidance_at(step, length, self.guidance_scale, self.cfg_schedule)
+        return rows
+
+    def temperature_rows(self, length: int) -> npt.NDArray[np.float32]:
+        """(L, B) in generation order."""
+        return np.broadcast_to(self.temperature.astype(np.float32), (length, len(self)))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
+
+    labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
+    noise: every random number, where the caller gave it; batch_size: images of a micro-batch, size: the same where the
+    caller did not say (short ones are then not filled up).
+    """
+
+    config: ArinarConfig
+    labels: npt.NDArray[np.int64]
+    guidance_scale: npt.NDArray[np.float64]
+    temperature: npt.NDArray[np.float64]
+    cfg_schedule: str
+    num_iter: int
+    seed: int
+    indices: list[int]
+    noise: Noise | None
+    batch_size: int | None
+    size: int
+
+    @classmethod
+    def resolve(
+        cls,
+        config: ArinarConfig,
+        defaults: Defaults,
+        labels: Any,
+        *,
+        guidance_scale: Any = None,
+        cfg_schedule: str | None = None,
+        temperature: Any = None,
+        num_iter: int | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        noise: Noise | None = None,
+        batch_size: int | None = None,
+    ) -> Sampling:
+        """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
+        ids = check_labels(labels, config)
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        heat = defaults.temperature if temperature is None else temperature
+        places = list(range(len(ids))) if indices is None else list(indices)
+        if len(places) != len(ids):
+            raise ValueError(f"indices has {len(places)} values for {len(ids)} labels; give one per label")
+        if noise is not None:
+            if indices is not None:
+                raise ValueError("indices and noise exclude each other: the noise of an image is all that its index decides")
+            noise.check(len(ids), config)
+        else:
+            check_seed(seed, places)
+        return cls(
+            config=config,
+            labels=ids,
+            guidance_scale=per_label("guidance_scale", scale, len(ids), 1.0),
+            temperature=per_label("temperature", heat, len(ids), 0.0, strict=True),
+            cfg_schedule=check_cfg_schedule(defaults.cfg_schedule if cfg_schedule is None else cfg_schedule),
+            num_iter=check_num_iter(num_iter, defaults.num_iter, config),
+            seed=seed,
+            indices=places,
+            noise=noise,
+            batch_size=batch_size,
+            size=check_batch_size(batch_size, len(ids), config),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def plan(self) -> list[Step]:
+        return steps(self.config.seq_len, self.num_iter)
+
+    def settings(self, row: int = 0) -> dict[str, Any]:
+        """What determines image ``row``, its label, seed and index left out. JSON-ready."""
+        return {
+            "guidance_scale": float(self.guidance_scale[row]),
+            "cfg_schedule": self.cfg_schedule,
+            "temperature": float(self.temperature[row]),
+            "num_iter": self.num_iter,
+        }
+
+    def batches(self, first: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Batch]]:
+        """The micro-batches, from image ``first`` on -> which images are in it, and the micro-batch, whose rows beyond
+        those are padding.
+
+        Guided images share no micro-batch with others, so that an image is computed alike whatever is beside it.
+        """
+        guided = self.guidance_scale != 1.0
+        rows = np.arange(first, len(self))
+        for group in (rows[~guided[rows]], rows[guided[rows]]):
+            for start in range(0, len(group), self.size):
+                chosen = group[start : start + self.size]
+                yield chosen, self.batch(chosen)
+
+    def batch(self, rows: npt.NDArray[np.int64] | None = None) -> Batch:
+        """Images ``rows`` (all of them) as one micro-batch, its noise made now; filled up with the last image to
+        ``batch_size`` where the caller gave one."""
+        rows = np.arange(len(self)) if rows is None else rows
+        if self.batch_size is not None and len(rows) < self.batch_size:
+            rows = rows[np.minimum(np.arange(self.batch_size), len(rows) - 1)]
+        if self.noise is not None:
+            noise = self.noise[rows]
+        else:
+            noise = Noise.from_seed(self.seed, [self.indices[row] for row in rows], self.config)
+        return Batch(self.labels[rows], noise, self.guidance_scale[rows], self.temperature[rows], self.cfg_schedule, self.plan)
+
+
+def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
+    """Class ids as (B,) int64. Raises ValueError for none, a wrong type, or one out of range."""
+    ids = np.asarray(labels)
+    if ids.size == 0:
+        raise ValueError("labels is empty; give at least one class id")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"labels is {ids.dtype} with shape {ids.shape}; expected a list of integer class ids")
+    if (bad := ids[(ids < 0) | (ids >= config.num_classes)]).size:
+        raise ValueError(f"label {int(bad[0])} is out of range; this model has classes 0..{config.num_classes - 1}")
+    return ids.astype(np.int64)
+
+
+def check_number(name: str, value: Any, least: float, *, strict: bool = False) -> float:
+    bound = f"above {least:g}" if strict else f"at least {least:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number {bound}")
+    if value < least or (strict and value == least):
+        raise ValueError(f"{name} is {value!r}; expected a number {bound}")
+    return float(value)
+
+
+def per_label(name: str, value: Any, count: int, least: float, *, strict: bool = False) -> npt.NDArray[np.float64]:
+    """A number, or one for each label, as (count,) float64. Raises ValueError naming the one that is wrong."""
+    if isinstance(value, np.ndarray) and value.ndim <= 1:
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return np.full(count, check_number(name, value, least, strict=strict))
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} values for {count} labels; give one number, or one for each label")
+    return np.array([check_number(f"{name}[{row}]", item, least, strict=strict) for row, item in enumerate(value)])
+
+
+def check_num_iter(value: Any, default: int, config: ArinarConfig) -> int:
+    length = config.seq_len
+    if config.outer == "causal":
+        if value not in (None, length):
+            raise ValueError(f"num_iter is {value!r}; a causal model generates one token a step: {length}, or None")
+        return length
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= length:
+        raise ValueError(f"num_iter is {value!r}; expected an integer from 1 to {length} (one token a step at most)")
+    return int(value)
+
+
+def check_batch_size(value: Any, count: int, config: ArinarConfig) -> int:
+    if value is None:
+        return min(count, max(1, DEFAULT_BATCH_TOKENS // config.seq_len))
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"batch_size is {value!r}; expected an integer of at least 1")
+    return int(value)

@@ -1,0 +1,66 @@
+"""The buffers of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from arinar.config import ArinarConfig
+
+from .backends.base import Backend
+
+
+@dataclass
+class State:
+    """Buffers of micro-batches of one shape, made once and used for every such micro-batch, in generation order, position
+    first: everything that a step reads or writes is then a contiguous slice.
+
+    Their addresses never change, so a backend may record the launches on them (under ``owner``) and replay them.
+    Letters as in `arinar.export.steps`: B images, G branches, L tokens, D features, C outer width; ``count``: most
+    positions of a step.
+    """
+
+    owner: int
+    batch: int
+    branches: int
+    count: int
+    # What goes up per micro-batch.
+    order: Any  # (L, B) int64
+    ranks: Any  # (B, L) int64, where in the order each grid position stands
+    labels: Any  # (G, B) int64
+    guidance: Any  # (L, B), of the step at which the token is drawn
+    temperature: Any  # (L, B)
+    # What is computed.
+    tokens: Any  # (L, B, D), in generation order; those that are not known yet are zero
+    z: Any  # (G * count * B, C)
+    raster: Any  # (B, L, D) tokens, raster order
+    latents: Any  # (B, channels, h, w)
+    images: Any  # (B, H, W, 3) uint8
+    # Of the outer model's kind, and of the head's.
+    outer: Any = None
+    head: Any = None
+
+    @property
+    def guided(self) -> bool:
+        return self.branches == 2
+
+
+def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, branches: int, count: int) -> State:
+    """Buffers of every model; outer and head add their own."""
+    length, features, side = config.seq_len, config.token_dim, config.grid_size * config.patch_size
+    return State(
+        owner=owner,
+        batch=batch,
+        branches=branches,
+        count=count,
+        order=backend.empty((length, batch), "int64"),
+        ranks=backend.empty((batch, length), "int64"),
+        labels=backend.empty((branches, batch), "int64"),
+        guidance=backend.empty((length, batch), "float32"),
+        temperature=backend.empty((length, batch), "float32"),
+        tokens=backend.empty((length, batch, features), "float32"),
+        z=backend.empty((branches * count * batch, config.z_width), "float32"),
+        raster=backend.empty((batch, length, features), "float32"),
+        latents=backend.empty((batch, config.vae_embed_dim, side, side), "float32"),
+        images=backend.empty((batch, config.img_size, config.img_size, 3), "uint8"),
+    )
