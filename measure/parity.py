@@ -22,20 +22,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arinar.export.bundle import check_match, graph_specs, weights_sha256
-from arinar.export.engine import NOT_FOR_GENERATION
-from arinar.export.trace import GraphSpec, run_module
-from arinar.gmm_law import mixture_kl, responsible_component
-from arinar.mixture_law import NUM_UNIFORMS
+from arinar.export.bundle import check_match, weights_sha256
+from arinar.export.graphs import HEADS, graph_specs
+from arinar.export.spec import GraphSpec
+from arinar.export.trace import run_module
+from arinar.head import Draw
+from arinar.law import Law, Parts, law_of
 from arinar.model import Arinar, denormalize, unpatchify
 from arinar.runtime.backends.engines import EngineError
-from arinar.runtime.bundle import BundleError, GraphInfo
-from arinar.runtime.cache import KVCache
+from arinar.runtime.bundle import PHASES, BundleError, GraphInfo
 from arinar.runtime.machine import processor_name
-from arinar.runtime.noise import Noise
-from arinar.runtime.pipeline import Pipeline, check_labels, check_num_iter, check_number
-from arinar.sampler import StepRecord, _sample_rows, sample
-from arinar.schedule import Step, steps
+from arinar.runtime.pipeline import Pipeline
+from arinar.runtime.request import Batch
+from arinar.sampler import StepRecord, sample
 from arinar.vae import AutoencoderKL, to_uint8
 
 from .distribution import Distribution, Features, check_samples, compare, make_references, open_measure
@@ -325,18 +324,16 @@ def run_parity(
         )
     check_match(config, vae)
     thresholds = thresholds or default_thresholds(pipeline.precision)
-    defaults = pipeline.bundle.manifest.defaults
-    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    settings: dict[str, Any] = {
-        "labels": [int(label) for label in check_labels(list(labels), config)],
-        "guidance_scale": check_number("guidance_scale", guidance_scale, 1.0),
-        "num_iter": check_num_iter(None if config.outer == "causal" else num_iter, defaults.num_iter, config),
-        "temperature": check_number("temperature", temperature, 0.0, strict=True),
-        "cfg_schedule": cfg_schedule,
-        "seed": seed,
-    }
-    plan = steps(config.seq_len, settings["num_iter"], settings["guidance_scale"], cfg_schedule)
-    noise = Noise.from_seed(seed, range(len(labels)), config)
+    sampling = pipeline.resolve(
+        list(labels),
+        guidance_scale=guidance_scale,
+        num_iter=None if config.outer == "causal" else num_iter,
+        temperature=temperature,
+        cfg_schedule=cfg_schedule,
+        seed=seed,
+    )
+    batch = sampling.batch()
+    settings = {"labels": sampling.labels.tolist(), **sampling.settings(), "seed": seed}
     measure = None
     if distribution:
         check_samples(distribution)
@@ -346,24 +343,22 @@ def run_parity(
     if report.provenance["exported from these weights"] == "no":
         report.notes.append("the bundle was exported from other weights than those it is compared with here")
     say("level 1: each graph alone")
-    _per_graph(report, pipeline, model, vae, thresholds, len(labels), len(labels) * max(step.count for step in plan))
+    _per_graph(report, pipeline, model, vae, thresholds, len(batch), len(batch) * max(step.count for step in batch.plan))
     records: list[StepRecord] = []
-    say(f"reference: PyTorch generates {len(labels)} images in {len(plan)} steps")
+    say(f"reference: PyTorch generates {len(batch)} images in {len(batch.plan)} steps")
     tokens = sample(
         model,
         torch.tensor(settings["labels"]),
-        guidance_scale=settings["guidance_scale"],
-        temperature=settings["temperature"],
-        num_iter=len(plan),
-        cfg_schedule=cfg_schedule,
-        noise=noise,
+        **sampling.settings(),
+        noise=batch.noise,
         record=records.append,
+        law=pipeline.bundle.manifest.law,
     )
     _check_reference(records)
     say("level 2: the deployed graphs along the reference's trajectory")
-    _teacher_forced(report, pipeline, noise, tokens.numpy(), records, thresholds)
+    _teacher_forced(report, pipeline, batch, tokens.numpy(), records, thresholds)
     say("level 3: the deployed pipeline on its own, same noise")
-    finite = _free_running(report, pipeline, vae, noise, tokens, records, thresholds)
+    finite = _free_running(report, pipeline, vae, batch, tokens, records, thresholds)
     if measure is not None and finite:
         say(f"level 4: {distribution} images of each, by distribution")
         references = make_references(model, vae, distribution, settings, say)
@@ -490,52 +485,56 @@ def _per_graph(
     manifest = pipeline.bundle.manifest
     graphs = manifest.precision_graphs(pipeline.precision)
     shared = {} if pipeline.precision == "fp32" else manifest.graphs.get("fp32", {})
-    specs = graph_specs(model, vae, manifest.num_candidates, graphs["outer_step"].opset)
-    # inner_token draws a token as one graph; what it must give is the reference sampler's to say.
-    names = [*(name for name in specs if name not in VAE_SIDE), "inner_token", "inner_token_guided", *VAE_SIDE]
-    for name in names:
-        if name not in graphs:
+    head = HEADS[model.config.head]
+    specs = graph_specs(model, vae, manifest.law, graphs["outer_step"].opset)
+    specs |= {name: head.composed_spec(name, model.config) for name in head.COMPOSED}
+    for spec in sorted(specs.values(), key=lambda spec: PHASES.index(spec.phase)):
+        if (graph := graphs.get(spec.name)) is None:
             continue
-        if name in specs:
-            spec = specs[name]
-            feed = spec.example(_sizes(spec, pipeline, batch, rows))
-            expected = run_module(spec, feed)
-        else:
-            feed = _token_feed(graphs[name], pipeline, rows)
-            expected = [_drawn_tokens(model, feed)]
+        feed = spec.example(_sizes(spec, pipeline, batch, rows))
+        # Graphs of version 0.1 take one guidance scale and temperature for all rows.
+        feed = {t.name: feed[t.name][:1] if t.shape == (1,) else feed[t.name] for t in graph.inputs}
+        expected = [_drawn_tokens(model, feed, manifest.law)] if spec.draws == "chain" else run_module(spec, feed)
         limits = thresholds
-        if graphs[name] == shared.get(name):  # what a variant shares with fp32 has its limits, unless told otherwise
+        if graph == shared.get(spec.name):  # what a variant shares with fp32 has its limits, unless told otherwise
             limits = replace(THRESHOLDS["fp32"], **{key: now for key, (_, now) in report.changed_limits.items()})
-        kind = "token" if name.startswith("inner_token") else "sampled_graph" if name.startswith("mixture_sample") else "graph"
-        limit, note = getattr(limits, kind), ""
-        if expected[0].dtype == np.uint8:
-            limit, note = max(limit, 1.001 / 255), "1 grey level of 255 may differ"
-        elif kind == "token":
-            note = f"of the best {TOKEN_SHARE:.0%} of the drawn features"
-        try:
-            got = launch(pipeline, graphs[name], feed, [value.shape for value in expected])
-        except EngineError as error:
-            if name not in NOT_FOR_GENERATION:
-                raise
-            report.notes.append(f"graph {name} was not compared, generation does not need it: {error}")
-            continue
-        except FloatingPointError as error:
-            report.checks.append(Check("graph", name, math.nan, limit, note=str(error), where="values that are not finite"))
-            continue
-        errors = []
-        for want, have in zip(expected, got, strict=True):
-            with np.errstate(invalid="ignore"):  # infinite values end as NaN, which no limit lets pass
-                difference = np.abs(want.astype(np.float64) - have.astype(np.float64)) / _scale(want)
-            largest = np.quantile(difference, TOKEN_SHARE) if kind == "token" else difference.max(initial=0.0)
-            errors.append((float(largest), float(difference.mean()) if want.size else 0.0))
-        worst = int(np.argmax([largest for largest, _ in errors]))  # the first that is not a number, if any
-        output = f"output {graphs[name].outputs[worst].name}"
-        parts = [note, f"mean {errors[worst][1]:.2g}", f"largest in {output}" if len(errors) > 1 else ""]
-        report.checks.append(Check("graph", name, errors[worst][0], limit, note=", ".join(filter(None, parts)), where=output))
+        if (check := _graph_check(report, pipeline, graph, feed, expected, limits)) is not None:
+            report.checks.append(check)
 
 
-# In the order of the data's way, these come after the tokens.
-VAE_SIDE = ("tokens_to_latents", "vae_decoder", "vae_encoder")
+def _graph_check(
+    report: ParityReport,
+    pipeline: Pipeline,
+    graph: GraphInfo,
+    feed: Mapping[str, Array],
+    expected: Sequence[Array],
+    limits: Thresholds,
+) -> Check | None:
+    """What the graph gives, against what it should; None where it cannot run and generation does not need it."""
+    limit, note = {"none": limits.graph, "one": limits.sampled_graph, "chain": limits.token}[graph.draws], ""
+    if expected[0].dtype == np.uint8:
+        limit, note = max(limit, 1.001 / 255), "1 grey level of 255 may differ"
+    elif graph.draws == "chain":
+        note = f"of the best {TOKEN_SHARE:.0%} of the drawn features"
+    try:
+        got = launch(pipeline, graph, feed, [value.shape for value in expected])
+    except EngineError as error:
+        if graph.phase != "encode":
+            raise
+        report.notes.append(f"graph {graph.name} was not compared, generation does not need it: {error}")
+        return None
+    except FloatingPointError as error:
+        return Check("graph", graph.name, math.nan, limit, note=str(error), where="values that are not finite")
+    errors = []
+    for want, have in zip(expected, got, strict=True):
+        with np.errstate(invalid="ignore"):  # infinite values end as NaN, which no limit lets pass
+            difference = np.abs(want.astype(np.float64) - have.astype(np.float64)) / _scale(want)
+        largest = np.quantile(difference, TOKEN_SHARE) if graph.draws == "chain" else difference.max(initial=0.0)
+        errors.append((float(largest), float(difference.mean()) if want.size else 0.0))
+    worst = int(np.argmax([largest for largest, _ in errors]))  # the first that is not a number, if any
+    output = f"output {graph.outputs[worst].name}"
+    parts = [note, f"mean {errors[worst][1]:.2g}", f"largest in {output}" if len(errors) > 1 else ""]
+    return Check("graph", graph.name, errors[worst][0], limit, note=", ".join(filter(None, parts)), where=output)
 
 
 def _scale(want: Array) -> float:
@@ -549,40 +548,28 @@ def _sizes(spec: GraphSpec, pipeline: Pipeline, batch: int, rows: int) -> dict[s
     """Axis sizes that lie within what engines for ``batch`` images are built for."""
     sizes = dict(spec.sizes[-1])
     if "B" in sizes:
-        sizes["B"] = min(batch, sizes["B"]) if spec.name.startswith("vae") else batch
+        sizes["B"] = min(batch, sizes["B"]) if spec.convolutional else batch
+    if "M" in sizes:
+        sizes["M"] = min(rows, 64)
     if "N" in sizes:
-        sizes["N"] = 2 * batch
+        sizes["N"] = 2 * sizes.get("M", batch)
     if "S" in sizes:
         sizes["S"] = pipeline.config.token_dim
-    if "M" in sizes:
-        sizes["M"] = min(rows, sizes["M"])
     return sizes
 
 
-def _token_feed(graph: GraphInfo, pipeline: Pipeline, rows: int) -> dict[str, Array]:
-    """Random inputs of inner_token: z (M, C), with guidance (2M, C), uniforms (M, D, U), scalars above 1."""
-    rng, config = np.random.default_rng(0), pipeline.config
-    rows = min(rows, 64)
-    branches = 2 if graph.name.endswith("guided") else 1
-    feed: dict[str, Array] = {
-        "z": rng.standard_normal((branches * rows, config.z_width)),
-        "uniforms": rng.random((rows, config.token_dim, NUM_UNIFORMS)),
-        "guidance_scale": 1 + rng.random(1),
-        "temperature": 1 + rng.random(1),
-    }
-    return {tensor.name: feed[tensor.name].astype(np.float32) for tensor in graph.inputs}
-
-
 @torch.no_grad()
-def _drawn_tokens(model: Arinar, feed: Mapping[str, Array]) -> Array:
+def _drawn_tokens(model: Arinar, feed: Mapping[str, Array], law: Mapping[str, int]) -> Array:
+    """What the reference draws from the inputs of a composed graph."""
     given = {name: torch.from_numpy(value) for name, value in feed.items()}
+    draws = given[law_of(model.config).noise]
     guided = "guidance_scale" in given
     cond, uncond = given["z"].chunk(2) if guided else (given["z"], None)
-    scale = float(given["guidance_scale"]) if guided else 1.0
-    features, _, _ = _sample_rows(
-        model, cond, uncond, scale, float(given["temperature"]), torch.Generator(), given["uniforms"], None
-    )
-    return np.asarray(features.numpy())
+    one = torch.ones(1)
+    settings = (given.get(name, one).double().expand(len(draws)) for name in ("guidance_scale", "temperature"))
+    scale, temperature = settings
+    drawn = model.head.draw(cond, uncond, Draw(scale, temperature, torch.Generator(), draws, law))
+    return np.asarray(drawn.tokens.numpy())
 
 
 def launch(pipeline: Pipeline, graph: GraphInfo, feed: Mapping[str, Array], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -594,111 +581,101 @@ def launch(pipeline: Pipeline, graph: GraphInfo, feed: Mapping[str, Array], shap
     return [backend.download(buffer) for buffer in outputs.values()]
 
 
-def _walk(
-    pipeline: Pipeline, noise: Noise, tokens: Array, plan: Sequence[Step], settings: Mapping[str, Any]
-) -> Iterator[tuple[Array, Array, Mixture]]:
-    """The deployed graphs with given tokens (B, L, D) forced -> by outer step: z (G * P * B, C), features (P * B, D),
-    mixtures (G * P * B, D, K) each. Rows go position by position, conditional ones first."""
-    backend, loop = pipeline.backend, pipeline.loop
-    batch, branches = len(tokens), 2 if settings["guidance_scale"] != 1.0 else 1
-    state = loop.state(batch, branches, list(plan))
-    loop.fill(state, np.array(settings["labels"], np.int64), noise, list(plan), settings["temperature"])
-    ordered = np.ascontiguousarray(np.take_along_axis(tokens, noise.order[:, :, None], 1).swapaxes(0, 1))  # (L, B, D)
-    for step in plan:
-        z = backend.download(loop.outer(state, step)).copy()
-        now = np.ascontiguousarray(ordered[step.remaining : step.masked])  # (P, B, D)
-        features = now.reshape(step.count * batch, -1)
-        both = np.tile(features, (branches, 1))
-        # Images are divided into launches as the pipeline does it: ranges that are taken as a graph runs depend on it.
-        parts = np.array_split(np.arange(len(z)).reshape(-1, batch), backend.parts("inner_token", batch), 1)
-        found = [forced_mixtures(pipeline, z[rows.ravel()], both[rows.ravel()]) for rows in parts]
-        place = np.argsort(np.concatenate([rows.ravel() for rows in parts]))
-        weight, mu, logvar = (np.concatenate(value)[place] for value in zip(*found, strict=True))
-        yield z, features, (weight, mu, logvar)
-        backend.write(state.tokens[step.remaining : step.masked], now)
+def _walk(pipeline: Pipeline, batch: Batch, tokens: Array) -> Iterator[tuple[Array, Array, Parts]]:
+    """The deployed graphs with given tokens (B, L, D) forced -> by outer step: z (G * P * B, C), features (P * B, D), the
+    parts of the law (G * P * B, S, ...). Rows go position by position, conditional ones first."""
+    loop, size = pipeline.loop, len(batch)
+    ordered = np.take_along_axis(tokens, batch.noise.order[:, :, None], 1).swapaxes(0, 1)  # (L, B, D)
+    for step, made in loop.forced(batch, tokens):
+        z = made.reshape(-1, made.shape[-1])
+        features = ordered[step.remaining : step.masked].reshape(step.count * size, -1)
+        yield z, features, loop.head.law(z, np.tile(features, (batch.branches, 1)), images=size)
+
+
+class Curves:
+    """Errors of z and of the law's parts along a trajectory, step by step: what level 2 gathers."""
+
+    def __init__(self, law: Law, picks: int) -> None:
+        self.law, self.names = law, ("z", *law.parts)
+        kinds = ("", " mean")
+        self.curves: dict[str, list[float]] = {f"{name}{kind}": [] for name in (*self.names, "kl") for kind in kinds}
+        self.tables: dict[str, list[list[float]]] = {f"{name}{kind}": [] for name in law.parts for kind in kinds}
+        self.tables["kl"] = []
+        self.picks = np.zeros((2, picks), np.int64)
+        self.absolute: list[float] = []
+        self.same = self.drawn = 0
+
+    def add(self, have_z: Array, have: Parts, want_z: Array, want: Parts, features: Array) -> None:
+        """A step's z (rows, C) and law, both branches; ``features`` (rows of one branch, D)."""
+        for name, ours, theirs in zip(self.names, (have_z, *have), (want_z, *want), strict=True):
+            difference = np.abs(ours.astype(np.float64) - theirs)
+            self.absolute.append(float(difference.max()))
+            difference /= _scale(theirs)
+            self.curves[name].append(float(difference.max()))
+            self.curves[f"{name} mean"].append(float(difference.mean()))
+            if name in self.tables:
+                self.tables[name].append(difference.max((0, 2)).tolist())
+                self.tables[f"{name} mean"].append(difference.mean((0, 2)).tolist())
+        kl = self.law.kl(want, have)  # (rows, S)
+        self.curves["kl"].append(float(kl.max()))
+        self.curves["kl mean"].append(float(kl.mean()))
+        self.tables["kl"].append(kl.mean(0).tolist())
+        first = slice(len(features))  # the conditional rows, which features are drawn from
+        ours, theirs = (self.law.pick(features, tuple(value[first] for value in side)) for side in (want, have))
+        self.picks += _counts(ours, theirs, self.picks.shape[1])
+        self.same, self.drawn = self.same + int((ours == theirs).sum()), self.drawn + ours.size
+
+    def checks(self, thresholds: Thresholds) -> list[Check]:
+        found = []
+        for name in (*self.names, "kl"):
+            curve, limit = self.curves[name], {"z": thresholds.z, "kl": thresholds.kl}.get(name, thresholds.mixture)
+            worst = int(np.argmax(curve))
+            over = next((i for i, value in enumerate(curve) if not value <= limit), None)
+            unit = " nats per feature" if name == "kl" else ""
+            note = f"worst at step {worst}, mean {np.mean(self.curves[f'{name} mean']):.2g}{unit}"
+            note += "" if over is None else f"; first beyond the limit at step {over}"
+            by_feature = over is not None and name in self.law.parts
+            where = f"feature {int(np.argmax(self.tables[name][over]))}" if by_feature else ""
+            found.append(Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where))
+        limit = None if thresholds.absolute == math.inf else thresholds.absolute
+        note = f"largest of {', '.join(self.names[:-1])} and {self.names[-1]}"
+        found.append(Check("teacher-forced", "absolute error", float(np.max(self.absolute)), limit, note=note))
+        note, same = f"of {self.drawn} drawn features", self.same / self.drawn
+        found.append(Check("teacher-forced", "same component", same, thresholds.same_component, True, note))
+        mean_kl = float(np.mean(self.tables["kl"]))
+        found.append(Check("teacher-forced", "mean kl", mean_kl, thresholds.mean_kl, note="nats per feature"))
+        return found
 
 
 def _teacher_forced(
     report: ParityReport,
     pipeline: Pipeline,
-    noise: Noise,
+    batch: Batch,
     tokens: Array,
     records: Sequence[StepRecord],
     thresholds: Thresholds,
 ) -> None:
-    config, batch, add = pipeline.config, len(tokens), report.checks.append
-    curves: dict[str, list[float]] = {f"{name}{kind}": [] for name in ("z", *PARAMETERS, "kl") for kind in ("", " mean")}
-    tables: dict[str, list[list[float]]] = {f"{name}{kind}": [] for name in PARAMETERS for kind in ("", " mean")}
-    tables["kl"] = []
-    picks = np.zeros((2, config.num_gaussians), np.int64)
-    absolute: list[float] = []
-    same = drawn = 0
-    walk = _walk(pipeline, noise, tokens, [record.step for record in records], report.settings)
+    law = law_of(pipeline.config)
+    found = Curves(law, law.picks(pipeline.config))
+    walk = _walk(pipeline, batch, tokens)
     for record in records:
         try:
-            z, features, got = next(walk)
+            z, features, have = next(walk)
         except FloatingPointError as error:
-            add(
-                Check(
-                    "teacher-forced",
-                    "finite values",
-                    0.0,
-                    1.0,
-                    True,
-                    str(error),
-                    step=record.step.index,
-                )
-            )
+            step = record.step.index
+            report.checks.append(Check("teacher-forced", "finite values", 0.0, 1.0, True, str(error), step=step))
             break
         # Reference rows go image by image, the deployed ones position by position.
         wanted = [record.z_cond] if record.z_uncond is None else [record.z_cond, record.z_uncond]
-        want_z = np.concatenate([_by_position(value, batch) for value in wanted])
-        mixtures = [record.cond] if record.uncond is None else [record.cond, record.uncond]
-        want = [np.concatenate([_by_position(m[i], batch) for m in mixtures]) for i in range(3)]
-        for name, have, value in zip(("z", *PARAMETERS), (z, *got), (want_z, *want), strict=True):
-            difference = np.abs(have.astype(np.float64) - value)
-            absolute.append(float(difference.max()))
-            difference /= _scale(value)
-            curves[name].append(float(difference.max()))
-            curves[f"{name} mean"].append(float(difference.mean()))
-            if name in tables:
-                tables[name].append(difference.max((0, 2)).tolist())
-                tables[f"{name} mean"].append(difference.mean((0, 2)).tolist())
-        kl = mixture_kl(tuple(want), got)  # (rows, D)
-        curves["kl"].append(float(kl.max()))
-        curves["kl mean"].append(float(kl.mean()))
-        tables["kl"].append(kl.mean(0).tolist())
-        first = slice(len(features))  # the conditional rows, which features are drawn from
-        ours, theirs = (responsible_component(features, tuple(value[first] for value in side)) for side in (want, got))
-        picks += _counts(ours, theirs, config.num_gaussians)
-        same, drawn = same + int((ours == theirs).sum()), drawn + ours.size
-    report.curves |= curves
-    report.tables |= tables
-    report.histograms |= {"reference": picks[0].tolist(), "deployed": picks[1].tolist()}
-    if not drawn:
-        return
-    for name in ("z", *PARAMETERS, "kl"):
-        curve, limit = curves[name], {"z": thresholds.z, "kl": thresholds.kl}.get(name, thresholds.mixture)
-        worst = int(np.argmax(curve))
-        over = next((i for i, value in enumerate(curve) if not value <= limit), None)
-        unit = " nats per feature" if name == "kl" else ""
-        note = f"worst at step {worst}, mean {np.mean(curves[f'{name} mean']):.2g}{unit}"
-        note += "" if over is None else f"; first beyond the limit at step {over}"
-        where = "" if over is None or name not in PARAMETERS else f"feature {int(np.argmax(tables[name][over]))}"
-        add(Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where))
-    add(
-        Check(
-            "teacher-forced",
-            "absolute error",
-            float(np.max(absolute)),
-            None if thresholds.absolute == math.inf else thresholds.absolute,
-            note="largest of z, weight, mu and logvar",
-        )
-    )
-    note = f"of {drawn} drawn features"
-    add(Check("teacher-forced", "same component", same / drawn, thresholds.same_component, True, note))
-    mean_kl = float(np.mean(tables["kl"]))
-    add(Check("teacher-forced", "mean kl", mean_kl, thresholds.mean_kl, note="nats per feature"))
+        want_z = np.concatenate([_by_position(value, len(batch)) for value in wanted])
+        laws = [record.cond] if record.uncond is None else [record.cond, record.uncond]
+        want = tuple(np.concatenate([_by_position(part, len(batch)) for part in both]) for both in zip(*laws, strict=True))
+        found.add(z, have, want_z, want, features)
+    report.curves |= found.curves
+    report.tables |= found.tables
+    report.histograms |= {"reference": found.picks[0].tolist(), "deployed": found.picks[1].tolist()}
+    if found.drawn:
+        report.checks += found.checks(thresholds)
 
 
 def _counts(ours: Array, theirs: Array, components: int) -> Array:
@@ -712,57 +689,21 @@ def _by_position(value: torch.Tensor, batch: int) -> Array:
     return np.asarray(rows.transpose(0, 1).flatten(0, 1).numpy())
 
 
-def forced_mixtures(pipeline: Pipeline, z: Array, features: Array) -> tuple[Array, Array, Array]:
-    """z (N, C), forced features (N, D) -> weight, mu, logvar (N, D, K), by the bundle's inner step and its KV cache."""
-    config, backend = pipeline.config, pipeline.backend
-    graphs = pipeline.bundle.manifest.precision_graphs(pipeline.precision)
-    rows = len(z)
-    info = {tensor.name: tensor for tensor in graphs["inner_step"].inputs}
-    start = backend.empty((rows, config.inner_width), info["start"].dtype)
-    modulation = backend.empty((rows, 6 * config.inner_depth + 2, config.inner_width), info["modulation"].dtype)
-    backend.launch("inner_condition", {"z": backend.upload(z)}, {"start": start, "modulation": modulation})
-    cache = KVCache(backend, graphs["inner_step"], rows, slots=config.token_dim)
-    result = [np.empty((rows, config.token_dim, config.num_gaussians), np.float32) for _ in range(3)]
-    out = {name: backend.empty((rows, config.num_gaussians), "float32") for name in ("weight", "mu", "logvar")}
-    previous = np.zeros((rows, 1), np.float32)
-    for position in range(config.token_dim):
-        inputs = {
-            "feature": backend.upload(previous),
-            "position": backend.upload(np.array([position], np.int64)),
-            "start": start,
-            "modulation": modulation,
-            **cache.past,
-        }
-        backend.launch("inner_step", inputs, {**out, **cache.present})
-        cache.write(position)
-        for target, buffer in zip(result, out.values(), strict=True):
-            target[:, position] = backend.download(buffer)
-        previous = np.ascontiguousarray(features[:, position : position + 1], np.float32)
-    return result[0], result[1], result[2]
-
-
 def _free_running(
     report: ParityReport,
     pipeline: Pipeline,
     vae: AutoencoderKL,
-    noise: Noise,
+    batch: Batch,
     tokens: torch.Tensor,
     records: Sequence[StepRecord],
     thresholds: Thresholds,
 ) -> bool:
     """-> whether the deployed pipeline made images at all."""
-    config, settings, add = pipeline.config, report.settings, report.checks.append
-    plan = [record.step for record in records]
+    config, add, noise = pipeline.config, report.checks.append, batch.noise
     try:
-        out = pipeline.generate(
-            settings["labels"],
-            guidance_scale=settings["guidance_scale"],
-            temperature=settings["temperature"],
-            num_iter=settings["num_iter"],
-            cfg_schedule=settings["cfg_schedule"],
-            noise=noise,
-        )
-        share, by_step, picks = _own_picks(pipeline, noise, out.tokens, records, settings)
+        settings = {key: value for key, value in report.settings.items() if key != "seed"}
+        out = pipeline.generate(**settings, noise=noise)
+        share, by_step, picks = _own_picks(pipeline, batch, out.tokens, records)
     except FloatingPointError as error:
         add(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
         return False
@@ -772,7 +713,7 @@ def _free_running(
     report.images = {"reference": want, "deployed": have}
     apart = np.abs(out.tokens - tokens.numpy()).max(-1) > PARTED * max(1.0, float(tokens.abs().max()))  # (B, L)
     diverged: list[Array] = []
-    for step in plan:
+    for step in batch.plan:
         positions = noise.order[:, step.remaining : step.masked]
         diverged.append(np.asarray(np.take_along_axis(apart, positions, 1).any(1)))
     first = [next((s for s, now in enumerate(diverged) if now[i]), None) for i in range(len(want))]
@@ -790,7 +731,7 @@ def _free_running(
     add(same_picks if same_picks.passed else replace(same_picks, step=over))
     note = f"lowest {ratios.min():.3g}; the same image counts as {MAX_PSNR:g}"
     add(Check("free-running", "median PSNR, dB", float(np.median(ratios)), thresholds.psnr or None, True, note))
-    report.histograms["divergence step"] = [sum(step == index for step in parted) for index in range(len(plan))]
+    report.histograms["divergence step"] = [sum(step == index for step in parted) for index in range(len(batch.plan))]
     report.histograms |= {"own reference": picks[0].tolist(), "own deployed": picks[1].tolist()}
     report.curves["diverged"] = np.cumsum(np.stack(diverged), 0).astype(bool).mean(1).tolist()
     report.curves["same picks"] = by_step
@@ -798,17 +739,17 @@ def _free_running(
 
 
 def _own_picks(
-    pipeline: Pipeline, noise: Noise, tokens: Array, records: Sequence[StepRecord], settings: Mapping[str, Any]
+    pipeline: Pipeline, batch: Batch, tokens: Array, records: Sequence[StepRecord]
 ) -> tuple[float, list[float], Array]:
-    """Which component most probably drew each feature, each side's own features under its own mixtures -> share that
-    is the same, by outer step as well, and how often each component was picked, (2, K)."""
-    batch, components = len(tokens), pipeline.config.num_gaussians
+    """Which component most probably drew each feature, each side's own features under its own law -> share that is the
+    same, by outer step as well, and how often each component was picked, (2, K)."""
+    law = law_of(pipeline.config)
+    components = law.picks(pipeline.config)
     picks, shares, sizes = np.zeros((2, components), np.int64), [], []
-    walk = _walk(pipeline, noise, tokens, [record.step for record in records], settings)
-    for record, (_, features, mixtures) in zip(records, walk, strict=True):
-        theirs = responsible_component(features, tuple(value[: len(features)] for value in mixtures))
-        want = tuple(_by_position(value, batch) for value in record.cond)
-        ours = responsible_component(_by_position(record.features, batch), want)
+    for record, (_, features, have) in zip(records, _walk(pipeline, batch, tokens), strict=True):
+        theirs = law.pick(features, tuple(value[: len(features)] for value in have))
+        want = tuple(_by_position(value, len(batch)) for value in record.cond)
+        ours = law.pick(_by_position(record.features, len(batch)), want)
         picks += _counts(ours, theirs, components)
         shares.append(float((ours == theirs).mean()))
         sizes.append(ours.size)
@@ -829,8 +770,6 @@ __all__ = [
     "Thresholds",
     "add_distribution",
     "default_thresholds",
-    "forced_mixtures",
-    "mixture_kl",
     "parse_thresholds",
     "run_parity",
 ]
