@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from arinar.text import aligned
+
 from .common import CHECKPOINT, print_json
 from .group import main
 
@@ -86,7 +88,6 @@ def _without_caches(tensors: Any) -> list[str]:
 
 
 def _rows(rows: list[tuple[str, Any]]) -> None:
-    width = max(len(str(name)) for name, _ in rows)
-    for name, value in rows:
-        text = str(value)
-        click.echo(f"  {name:{width}}  {text if len(text) <= 90 else text[:87] + '...'}")
+    texts = [(name, str(value)) for name, value in rows]
+    for line in aligned([(name, text if len(text) <= 90 else text[:87] + "...") for name, text in texts]):
+        click.echo(f"  {line}")

@@ -82,7 +82,8 @@ def parity(
               arinar parity digits-bundle/ --checkpoint digits --distribution 500 --report report.html
     """
     from arinar.files import check_writable
-    from arinar.measure.parity import parse_thresholds, run_parity
+    from arinar.measure.checks import parse_thresholds
+    from arinar.measure.parity import run_parity
 
     if report_file is not None:
         check_writable(report_file)
