@@ -57,7 +57,7 @@ class FakeCudaRuntime:
     """What `arinar.runtime.backends.cuda` uses of `cuda.bindings.runtime`, and a log of the calls."""
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
-    cudaStreamNonBlocking, cudaEventDefault = 1, 0
+    cudaStreamNonBlocking = 1
 
     def __init__(self, memory: int = 2**40, devices: int = 1, driver: int = 13000) -> None:
         self.total, self.devices, self.driver = memory, devices, driver
@@ -190,24 +190,6 @@ class FakeCudaRuntime:
                 view(target + row * dpitch, width)[:] = view(source + row * spitch, width)
 
         self.enqueue(run)
-
-    # Events.
-
-    def cudaEventCreateWithFlags(self, flags: int) -> int:
-        self.handles += 1
-        return self.handles
-
-    def cudaEventRecord(self, event: int, stream: int) -> None:
-        assert stream == STREAM
-
-    def cudaEventSynchronize(self, event: int) -> None:
-        self.cudaStreamSynchronize(STREAM)
-
-    def cudaEventElapsedTime(self, start: int, end: int) -> float:
-        return float(end - start)
-
-    def cudaEventDestroy(self, event: int) -> None:
-        pass
 
     # Graphs.
 

@@ -204,21 +204,6 @@ class Cuda:
         self.call("cudaStreamSynchronize", self._stream)
         self._unfinished.clear()
 
-    # Events: time on the device.
-
-    def record_event(self) -> Any:
-        event = self.call("cudaEventCreateWithFlags", self.runtime.cudaEventDefault)
-        self.call("cudaEventRecord", event, self._stream)
-        return event
-
-    def milliseconds(self, start: Any, end: Any) -> float:
-        """Time between two events, which are then destroyed; waits for the second."""
-        self.call("cudaEventSynchronize", end)
-        elapsed = float(self.call("cudaEventElapsedTime", start, end))
-        for event in (start, end):
-            self.call("cudaEventDestroy", event)
-        return elapsed
-
     # Graphs.
 
     def begin_capture(self) -> None:
