@@ -18,8 +18,9 @@ from typing import Any
 import click
 import numpy as np
 
-from arinar.measure.bench import gemm_peak, machine, peak_memory
+from arinar.measure.bench import gemm_peak, peak_memory
 from arinar.runtime import Noise, Pipeline
+from arinar.runtime.machine import machine
 from arinar.schedule import steps
 
 

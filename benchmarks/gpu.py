@@ -21,7 +21,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,9 @@ from typing import Any
 
 import click
 import numpy as np
+
+from arinar.runtime.machine import machine as this_machine
+from arinar.text import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
@@ -202,17 +204,8 @@ class Exports:
 
 
 def machine() -> dict[str, Any]:
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    found = this_machine(PACKAGES)
+    found["python"] = found["versions"].pop("python")
     try:
         from arinar.runtime.backends.cuda import device_info, load_runtime
 
@@ -570,8 +563,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 str(row.get("rounds", "")),
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))
 
 
 # ---------------------------------------------------------------------------------------------------------- main

@@ -26,12 +26,11 @@ import torch
 from arinar.checkpoint import load_arinar, load_vae
 from arinar.config import PRESETS, VAE_PRESETS
 from arinar.files import check_writable, write_text
-from arinar.measure.bench import machine
 from arinar.measure.cost import image_cost
 from arinar.measure.peaks import onnxruntime_peak
 from arinar.model import Arinar, denormalize, initialize, unpatchify
 from arinar.runtime import Noise, Pipeline
-from arinar.runtime.machine import usable_cores
+from arinar.runtime.machine import machine, usable_cores
 from arinar.sampler import StepRecord, sample
 from arinar.schedule import steps
 from arinar.vae import AutoencoderKL, to_uint8

@@ -31,9 +31,9 @@ from arinar.demo import DEMO_MODELS
 from arinar.export.bundle import export_bundle
 from arinar.export.layers import SCHEMES, LayerPlan
 from arinar.export.quantize import Calibration, quantize_bundle, variant_bytes
+from arinar.measure.checks import parse_thresholds as thresholds_of
 from arinar.measure.distribution import References, compare, make_references
 from arinar.measure.parity import add_distribution, run_parity
-from arinar.measure.parity import parse_thresholds as thresholds_of
 from arinar.measure.parity_report import write_report
 from arinar.model import Arinar, initialize
 from arinar.runtime import Pipeline

@@ -32,9 +32,9 @@ import click
 import numpy as np
 
 from arinar.files import check_writable, write_text
-from arinar.measure.bench import fresh_environment, fresh_process, machine
+from arinar.measure.bench import fresh_environment, fresh_process
 from arinar.runtime import Pipeline
-from arinar.runtime.machine import usable_cores
+from arinar.runtime.machine import machine, usable_cores
 from arinar.runtime.pipeline import check_num_iter
 
 BACKEND = "onnxruntime-cpu"

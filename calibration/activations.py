@@ -18,6 +18,7 @@ from arinar.runtime.backends.base import Array
 from arinar.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from arinar.runtime.bundle import Bundle
 from arinar.runtime.pipeline import Pipeline
+from arinar.text import aligned
 
 FLOAT16_MAX = 65504.0
 
@@ -53,8 +54,7 @@ class ActivationReport:
         for name, peak in sorted(self.peaks.items()):
             where = f"{peak.op} {peak.tensor}"
             rows.append((name, f"{peak.value:.4g}", f"{peak.headroom:.3g} x", where, str(peak.launches), str(peak.beyond)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(aligned(rows))
 
 
 def watched(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, str]]]:

@@ -36,12 +36,12 @@ Array = npt.NDArray[Any]
 FP16_MAX = 65504.0
 #: Fewer images than this say too little about the tails of the activations.
 MIN_IMAGES = 4
-# Steps kept for comparing mixtures, launches kept of each graph, and rows of a step at most.
-STEP_SAMPLES, GRAPH_SAMPLES, SAMPLE_ROWS = 16, 4, 32
-# A row of a causal model's step brings its whole KV cache along: of a kept step or launch, so many bytes (or one row).
+# Steps kept for comparing mixtures, and rows of a step at most.
+STEP_SAMPLES, SAMPLE_ROWS = 16, 32
+# A row of a causal model's step brings its whole KV cache along: of a kept step, so many bytes (or one row).
 SAMPLE_BYTES = 64 << 20
 # Of the file that keeps a recording.
-RECORDING_VERSION = 2
+RECORDING_VERSION = 3
 # Tokens of a launch of random inputs.
 RANDOM_TOKENS = 512
 MAXIMA = "calibration.maxima"
@@ -76,10 +76,8 @@ class Recording:
     maxima: dict[str, Array] = field(default_factory=dict)  # graph -> (tensors, steps)
     tensors: dict[str, list[str]] = field(default_factory=dict)  # graph -> names of those tensors
     samples: list[StepSample] = field(default_factory=list)
-    launches: dict[str, list[dict[str, Array]]] = field(default_factory=dict)
     done: int = 0  # images
     seen_steps: int = 0
-    seen_launches: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to ``path`` (npz) in one step."""
@@ -91,16 +89,12 @@ class Recording:
             arrays |= {f"sample|{index}|feed|{key}": value for key, value in sample.feed.items()}
             for key in ("labels", "rows", "features"):
                 arrays[f"sample|{index}|{key}"] = getattr(sample, key)
-        for graph, feeds in self.launches.items():
-            for index, feed in enumerate(feeds):
-                arrays |= {f"launch|{graph}|{index}|{key}": value for key, value in feed.items()}
         head = {
             "version": RECORDING_VERSION,
             "settings": self.settings,
             "done": self.done,
             "tensors": self.tensors,
             "seen_steps": self.seen_steps,
-            "seen_launches": self.seen_launches,
             "samples": [[sample.graph, sample.step] for sample in self.samples],
         }
         arrays["head"] = np.array(json.dumps(head))
@@ -117,7 +111,7 @@ class Recording:
             if head["version"] != RECORDING_VERSION:
                 raise ValueError(f"it has version {head['version']}; this version of arinar reads {RECORDING_VERSION}")
             made = cls(head["settings"], done=head["done"], seen_steps=head["seen_steps"])
-            made.tensors, made.seen_launches = head["tensors"], head["seen_launches"]
+            made.tensors = head["tensors"]
             grouped: dict[str, dict[str, Array]] = {}
             feeds: dict[int, dict[str, Array]] = {}
             parts: dict[int, dict[str, Array]] = {}
@@ -131,11 +125,6 @@ class Recording:
                     feeds.setdefault(int(rest[0]), {})[rest[2]] = value
                 elif kind == "sample":
                     parts.setdefault(int(rest[0]), {})[rest[1]] = value
-                elif kind == "launch":
-                    kept = made.launches.setdefault(rest[0], [])
-                    while len(kept) <= int(rest[1]):
-                        kept.append({})
-                    kept[int(rest[1])][rest[2]] = value
             made.layers = {name: TensorStatistics.from_arrays(value) for name, value in grouped.items()}
             made.samples = [
                 StepSample(graph, step, feeds.get(i, {}), **parts[i]) for i, (graph, step) in enumerate(head["samples"])
@@ -274,13 +263,6 @@ class RecordingBackend(OnnxRuntimeCpu):
 
     def _sample(self, graph: str, inputs: Mapping[str, Array], made: Mapping[str, Array]) -> None:
         """Reservoir sampling (algorithm R), its draws keyed by the count so that a resumed run goes on alike."""
-        recording = self.recording
-        seen = recording.seen_launches.get(graph, 0)
-        recording.seen_launches[graph] = seen + 1
-        kept = recording.launches.setdefault(graph, [])
-        slot = self._slot(graph, seen, GRAPH_SAMPLES)
-        if slot is not None:
-            kept[slot : slot + 1] = [self._feed(graph, inputs, self._rows(inputs, "launch rows", seen))]
         if graph in ("outer_prefill", "outer_step"):
             self._begin_step(graph, inputs, made["z"])
         elif graph == "inner_step" and self._pending is not None:
@@ -289,45 +271,40 @@ class RecordingBackend(OnnxRuntimeCpu):
     def _begin_step(self, graph: str, inputs: Mapping[str, Array], z: Array) -> None:
         seen = self.recording.seen_steps
         self.recording.seen_steps += 1
-        slot = self._slot("step", seen, STEP_SAMPLES)
+        slot = self._slot(seen)
         self._pending = None
         if graph == "outer_prefill":
             self._labels = np.array(inputs["labels"])
         if slot is None:
             return
-        kept = self._rows(inputs, "rows", seen)
+        kept = self._rows(inputs, seen)
         rows = np.arange(len(z)) if kept is None else kept
         if len(rows) > SAMPLE_ROWS:
             rows = np.sort(self._rng("rows", seen).permutation(len(z))[:SAMPLE_ROWS])
         labels = self._labels if "rows" in inputs or graph == "outer_prefill" else np.zeros(0, np.int64)
         features = np.zeros((len(rows), 0), np.float32)
-        sample = StepSample(graph, self.step, self._feed(graph, inputs, kept), labels, rows, features)
+        sample = StepSample(graph, self.step, self._feed(inputs, kept), labels, rows, features)
         if kept is not None:
             sample.labels, sample.rows = labels[kept], np.arange(len(kept))
         self._pending = (slot, sample, rows)
 
-    def _rows(self, inputs: Mapping[str, Array], purpose: str, seen: int) -> Array | None:
+    def _rows(self, inputs: Mapping[str, Array], seen: int) -> Array | None:
         """Which rows of a causal step to keep, where all with their caches are too large; else None."""
         caches = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
         if "rows" not in inputs or not caches:
             return None
         total = len(inputs["rows"])
         most = min(SAMPLE_ROWS, max(1, SAMPLE_BYTES // sum(value[0].nbytes for value in caches)))
-        return None if total <= most else np.sort(self._rng(purpose, seen).permutation(total)[:most])
+        return None if total <= most else np.sort(self._rng("rows", seen).permutation(total)[:most])
 
-    def _feed(self, graph: str, inputs: Mapping[str, Array], rows: Array | None) -> dict[str, Array]:
-        """A copy of a launch's inputs, of a causal step's rows only ``rows``. What the graph is given but does not read
-        is left over from somewhere, in a resumed run from elsewhere: zeros take its place."""
+    def _feed(self, inputs: Mapping[str, Array], rows: Array | None) -> dict[str, Array]:
+        """A copy of an outer graph's inputs, of a causal step's rows only ``rows``. What the graph is given but does not
+        read is left over from somewhere, in a resumed run from elsewhere: zeros take its place."""
         caches = [name for name in inputs if name.startswith("past_key_values.")]
         by_row = [] if rows is None else ["rows", *caches]
         feed = {name: value[rows] if name in by_row else value.copy() for name, value in inputs.items()}
-        if caches:
-            position = int(inputs["position"][0])
-            written = position if graph == "inner_step" else self._bundle.manifest.config.buffer_size + position
-            for name in caches:
-                feed[name][:, :, written:] = 0
-            if graph == "inner_step" and position == 0:
-                feed["feature"][:] = 0
+        for name in caches:
+            feed[name][:, :, self._bundle.manifest.config.buffer_size + int(inputs["position"][0]) :] = 0
         return feed
 
     def _add_feature(self, inputs: Mapping[str, Array]) -> None:
@@ -344,11 +321,12 @@ class RecordingBackend(OnnxRuntimeCpu):
         key = hashlib.sha256(f"{self.seed} {purpose} {count}".encode()).digest()[:16]
         return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
 
-    def _slot(self, purpose: str, seen: int, size: int) -> int | None:
-        if seen < size:
+    def _slot(self, seen: int) -> int | None:
+        """Which of the kept steps the next one replaces, or is; None: it is not kept."""
+        if seen < STEP_SAMPLES:
             return seen
-        draw = int(self._rng(purpose, seen).integers(seen + 1))
-        return draw if draw < size else None
+        draw = int(self._rng("step", seen).integers(seen + 1))
+        return draw if draw < STEP_SAMPLES else None
 
 
 def check_arguments(

@@ -291,7 +291,6 @@ def calibrate(
     kept = out.with_suffix(".npz")
     recording = collect(opened, num_images=num_images, partial=kept, threads=threads, progress=say, **recording_arguments)
     evaluator = Evaluator(opened, recording, threads)
-    wide = [layer for layer in evaluator.layers.values() if layer.wide]
     result: dict[str, Any] = {
         "kind": "arinar calibration",
         "format_version": FORMAT_VERSION,
@@ -302,37 +301,45 @@ def calibrate(
         "maps": {},
     }
     for scheme in precisions:
-        by_method = {}
-        for method in methods_of(scheme):
-            everything = {layer.name: layer_plan(layer, recording, scheme, method) for layer in wide}
-            by_method[method] = evaluator.cost(everything)
-            say(f"{scheme}, all layers, ranges by {method}: KL {by_method[method].kl:.2e}")
-        best = min(by_method, key=lambda name: by_method[name].kl)
-        plans = {layer.name: layer_plan(layer, recording, scheme, best) for layer in wide}
-        ranking = sensitivity(evaluator, plans, say)
-        if scheme == "int8-static":
-            plans, ranking = refine(evaluator, recording, plans, ranking, scheme, say)
-        chosen, cost = search(evaluator, plans, ranking, budget_kl)
-        fp32 = [name for name in evaluator.layers if name not in chosen]
-        say(f"{scheme}: {len(chosen)} of {len(evaluator.layers)} layers quantised, KL {cost.kl:.2e}")
-        result["maps"][scheme] = {
-            "method": best,
-            "budget_kl": budget_kl,
-            "kl": cost.kl,
-            "kl_worst": cost.kl_worst,
-            "z_error": cost.z_error,
-            "kl_by_method_all_layers": {name: value.kl for name, value in by_method.items()},
-            "refined": scheme == "int8-static",
-            "bytes": total_bytes(evaluator.layers.values(), chosen),
-            "bytes_fp32": total_bytes(evaluator.layers.values(), {}),
-            "quantized": {name: _plan_entry(plan) for name, plan in chosen.items()},
-            "fp32": fp32,
-            "ranking": ranking,
-            # Whatever the budget: how each layer would be quantised.
-            "all_layers": {name: _plan_entry(plan) for name, plan in plans.items()},
-        }
+        result["maps"][scheme] = _precision_map(evaluator, recording, scheme, budget_kl, say)
     write_text(out, to_json(result))
     return result
+
+
+def _precision_map(
+    evaluator: Evaluator, recording: Recording, scheme: str, budget_kl: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The best way to choose ranges, the ranking of the layers, and the smallest map within the budget."""
+    wide = [layer for layer in evaluator.layers.values() if layer.wide]
+    by_method = {}
+    for method in methods_of(scheme):
+        everything = {layer.name: layer_plan(layer, recording, scheme, method) for layer in wide}
+        by_method[method] = evaluator.cost(everything)
+        say(f"{scheme}, all layers, ranges by {method}: KL {by_method[method].kl:.2e}")
+    best = min(by_method, key=lambda name: by_method[name].kl)
+    plans = {layer.name: layer_plan(layer, recording, scheme, best) for layer in wide}
+    ranking = sensitivity(evaluator, plans, say)
+    if scheme == "int8-static":
+        plans, ranking = refine(evaluator, recording, plans, ranking, scheme, say)
+    chosen, cost = search(evaluator, plans, ranking, budget_kl)
+    fp32 = [name for name in evaluator.layers if name not in chosen]
+    say(f"{scheme}: {len(chosen)} of {len(evaluator.layers)} layers quantised, KL {cost.kl:.2e}")
+    return {
+        "method": best,
+        "budget_kl": budget_kl,
+        "kl": cost.kl,
+        "kl_worst": cost.kl_worst,
+        "z_error": cost.z_error,
+        "kl_by_method_all_layers": {name: value.kl for name, value in by_method.items()},
+        "refined": scheme == "int8-static",
+        "bytes": total_bytes(evaluator.layers.values(), chosen),
+        "bytes_fp32": total_bytes(evaluator.layers.values(), {}),
+        "quantized": {name: _plan_entry(plan) for name, plan in chosen.items()},
+        "fp32": fp32,
+        "ranking": ranking,
+        # Whatever the budget: how each layer would be quantised.
+        "all_layers": {name: _plan_entry(plan) for name, plan in plans.items()},
+    }
 
 
 def _plan_entry(plan: LayerPlan) -> dict[str, Any]:
@@ -353,9 +360,8 @@ def _layer_entry(layer: Layer, recording: Recording) -> dict[str, Any]:
         "mean": _round(mean),
         "std": _round(float(np.sqrt(max(statistics.squares / count - mean**2, 0)))),
         "ranges": {name: _round(value) for name, value in statistics.ranges().items()},
-        "ranges_per_channel": {name: [_round(v) for v in found] for name, found in statistics.channel_ranges().items()},
         "absmax_per_step": [_round(v) for v in statistics.step_absmax],
-        # What `arinar export` reads: "absmax" of the ranges per channel.
+        # What `arinar export` makes channel scales of.
         "absmax_per_channel": [_round(v) for v in statistics.channel_absmax],
     }
 

@@ -1,5 +1,9 @@
-"""The `arinar` command: thin mirrors of functions. A room is imported only inside the subcommand that needs it."""
+"""The `arinar` command: thin mirrors of functions. A room is imported only inside the subcommand that needs it.
 
-from .command import main
+One file for each subject; importing it adds its subcommands to the group.
+"""
 
-__all__ = ["main"]
+from . import bundles, images, inspection, measuring, models
+from .group import main
+
+__all__ = ["bundles", "images", "inspection", "main", "measuring", "models"]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arinar.config import VaeConfig
-from arinar.runtime.machine import processor_name, usable_cores
+from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline, check_num_iter, check_number
 
 from .cost import WEIGHT_BYTES, Cost, image_cost
@@ -31,15 +27,6 @@ PHASES = {
 }
 COLD_PHASES = {"import_s": "import", "open_s": "open and verify", "sessions_s": "load the graphs"}
 CPU_BACKEND = "onnxruntime-cpu"
-
-
-def machine() -> dict[str, Any]:
-    """What a result depends on: processor, cores this process may use, versions, the date."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for name in ("onnxruntime", "tensorrt", "torch"):
-        if name in sys.modules:
-            versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
-    return {"cpu": processor_name(), "cores": usable_cores(), "versions": versions, "date": time.strftime("%Y-%m-%d")}
 
 
 def bench(
@@ -305,7 +292,6 @@ __all__ = [
     "fresh_environment",
     "fresh_process",
     "gemm_peak",
-    "machine",
     "peak_memory",
     "read_report",
     "table",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .bench import COLD_PHASES, PHASES, backend_text, compared_with, limits_text
+from .charts import Bar, Mark, escaped, page, segment_plot
 
 COLORS = {
     "outer": "#1f6feb",
@@ -18,12 +18,11 @@ COLORS = {
     "open_s": "#a07000",
     "sessions_s": "#1f6feb",
 }
-INK, GREY = "#1c2128", "#57606a"
-# Floors on the bars: the result's key, what it is called, the dashes of its line.
-FLOORS = (
-    ("floor_s_per_image", "at least, for the operations", ""),
-    ("memory_floor_s_per_image", "at least, for reading the weights", "3 2"),
-)
+# Floors on the bars, by the result's key.
+FLOORS = {
+    "floor_s_per_image": Mark("at least, for the operations"),
+    "memory_floor_s_per_image": Mark("at least, for reading the weights", dashes="3 2"),
+}
 FLOOR_NOTE = (
     "At least: the operations at the measured peak of matrix products; the weights, read once per outer step of a batch, "
     "at the measured bandwidth of memory. Norms, activations and the draw from the mixtures are not counted. What fits the "
@@ -31,17 +30,11 @@ FLOOR_NOTE = (
 )
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2128; background: #fff;
-  margin: 0 auto; padding: 28px; max-width: 1000px; }
-h1 { font-size: 24px; margin: 0 0 6px; } h2 { font-size: 18px; margin: 32px 0 4px; } p { margin: 4px 0 10px; color: #57606a; }
-table { border-collapse: collapse; margin: 12px 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 5px 0 5px 18px; border-bottom: 1px solid #e5e8eb; white-space: nowrap; }
-th { font-weight: 600; color: #57606a; font-size: 13px; vertical-align: bottom; } th.group { text-align: center; }
-td:first-child { padding-left: 0; } .wide { overflow-x: auto; }
-figure { margin: 12px 0; overflow-x: auto; } figcaption { font-size: 13px; margin-bottom: 4px; }
-figcaption span { margin-right: 16px; white-space: nowrap; } figcaption i { font-style: normal; }
-svg { width: 100%; min-width: 700px; height: auto; display: block; }
+table { margin: 12px 0; }
+th, td { text-align: right; padding: 5px 0 5px 18px; white-space: nowrap; }
+th { vertical-align: bottom; } th.group { text-align: center; } td:first-child { padding-left: 0; } .wide { overflow-x: auto; }
+figure { margin: 12px 0; overflow-x: auto; } figcaption { margin-bottom: 4px; } figcaption span { white-space: nowrap; }
+svg { min-width: 700px; }
 figcaption svg { width: 8px; min-width: 8px; height: 16px; display: inline; vertical-align: -3px; }
 """
 
@@ -54,11 +47,9 @@ def render(report: dict[str, Any]) -> str:
     limits, results = limits_text(report), report["results"]
     unit = Unit("s", 1.0) if max(row["s_per_image"] for row in results) >= 1 else Unit("ms", 1e3)
     parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(name)}</title><style>{STYLE}</style>",
-        f"<h1>{_text(name)}</h1>",
-        f"<p>{_text(where['cpu'])}, {where['cores']} cores; {_text(versions)}; {_text(where['date'])}<br>"
+        f"<p>{escaped(where['cpu'])}, {where['cores']} cores; {escaped(versions)}; {escaped(where['date'])}<br>"
         f"guidance {report['guidance_scale']:g}, median of {report['repeats']} rounds, peak memory {memory:.2f} GB"
-        + (f"<br>{_text(limits)}" if limits else "")
+        + (f"<br>{escaped(limits)}" if limits else "")
         + "</p>",
         "<h2>Time per image</h2>",
         _times(results, unit),
@@ -68,8 +59,8 @@ def render(report: dict[str, Any]) -> str:
         _cold_start(report["cold_start"]),
     ]
     if against := report.get("against"):
-        parts.append(f"<h2>Times faster</h2><p>than {_text(compared_with(against))}</p>{_ratios(against['results'], unit)}")
-    return "\n".join(parts) + "\n</html>\n"
+        parts.append(f"<h2>Times faster</h2><p>than {escaped(compared_with(against))}</p>{_ratios(against['results'], unit)}")
+    return page(name, parts, STYLE)
 
 
 def _times(results: Sequence[dict[str, Any]], unit: Unit) -> str:
@@ -78,18 +69,19 @@ def _times(results: Sequence[dict[str, Any]], unit: Unit) -> str:
             _setting(row),
             {name: unit.per_second * row["phases"][name] for name in PHASES if name in row["phases"]},
             f"{_number(unit.of(row['s_per_image']))} {unit.name}",
-            {key: unit.per_second * row[key] for key, _, _ in FLOORS if key in row},
+            {key: unit.per_second * row[key] for key in FLOORS if key in row},
         )
         for row in results
     ]
     keys = [(COLORS[name], text) for name, text in PHASES.items() if any(name in row["phases"] for row in results)]
-    return _figure("Time per image by phase", bars, keys, unit.name)
+    return segment_plot(bars, "Time per image by phase", unit.name, colors=COLORS, keys=keys, marks=FLOORS)
 
 
 def _cold_start(cold: Mapping[str, float]) -> str:
     keys = [(COLORS[name], f"{text} {cold[name]:.2f} s") for name, text in COLD_PHASES.items()]
     segments = {name: cold[name] for name in COLD_PHASES}
-    return _figure("Cold start", [Bar("cold start", segments, f"{sum(segments.values()):.2f} s")], keys, "s")
+    bar = Bar("cold start", segments, f"{sum(segments.values()):.2f} s")
+    return segment_plot([bar], "Cold start", "s", colors=COLORS, keys=keys)
 
 
 def _ratios(rows: Sequence[dict[str, Any]], unit: Unit) -> str:
@@ -100,7 +92,7 @@ def _ratios(rows: Sequence[dict[str, Any]], unit: Unit) -> str:
         before, after = _number(unit.of(row["before"])), _number(unit.of(row["after"]))
         note = f"{row['times_faster']:.2f} x: {before} → {after} {unit.name}"
         bars.append(Bar(_setting(row), {"outer": row["times_faster"]}, note, {"as fast": 1.0}))
-    return _figure("Times faster", bars, [], "x")
+    return segment_plot(bars, "Times faster", "x", colors=COLORS)
 
 
 def _setting(row: Mapping[str, Any]) -> str:
@@ -121,7 +113,7 @@ def _table(results: Sequence[dict[str, Any]], unit: Unit) -> str:
         fastest, slowest = _number(unit.of(row["fastest"])), _number(unit.of(row["slowest"]))
         cells = [str(row["batch"]), str(row["num_iter"]), f"<b>{_number(unit.of(row['s_per_image']))}</b>"]
         cells += [f"{fastest}, {slowest}", *(_number(unit.of(row["phases"].get(name))) for name in names)]
-        cells += [_number(unit.of(row.get(key))) for key, _, _ in FLOORS]
+        cells += [_number(unit.of(row.get(key))) for key in FLOORS]
         cells.append(f"{row['share_of_gemm_peak']:.0%}" if "share_of_gemm_peak" in row else "-")
         cells += [_number(1e3 * row["tera_operations_per_image"]), _number(1e3 * row["weight_gb_per_image"])]
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
@@ -141,77 +133,6 @@ class Unit(NamedTuple):
 def _number(value: float | None) -> str:
     """Three significant digits, without an exponent."""
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{float(f'{value:.3g}'):.6g}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-# --------------------------------------------------------------------------------------------------- bars
-
-WIDTH, LEFT, RIGHT, TOP, ROW, BAR, AXIS = 940, 150, 190, 6, 34, 20, 26
-
-
-class Bar(NamedTuple):
-    """A bar: what stands left of it, its segments by name (of COLORS), what stands right of it, values to mark."""
-
-    label: str
-    segments: Mapping[str, float]
-    note: str
-    marks: Mapping[str, float] = {}
-
-
-def _figure(title: str, bars: Sequence[Bar], keys: Sequence[tuple[str, str]], unit: str) -> str:
-    """Horizontal bars of stacked segments on one linear axis, with a legend of (colour, text)."""
-    most = max(max(sum(bar.segments.values()), *bar.marks.values(), 0.0) for bar in bars) or 1.0
-    ticks = _ticks(most)
-    top, bottom = max(most, ticks[-1]), TOP + ROW * len(bars)
-
-    def x(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * value / top
-
-    body = []
-    for tick in ticks:
-        body.append(f"<line x1='{x(tick):.1f}' y1='{TOP}' x2='{x(tick):.1f}' y2='{bottom}' stroke='#e5e8eb'/>")
-        body.append(f"<text x='{x(tick):.1f}' y='{bottom + 17}' text-anchor='middle' fill='{GREY}'>{tick:g} {unit}</text>")
-    dashes = {key: dash for key, _, dash in FLOORS}
-    for index, bar in enumerate(bars):
-        y, start = TOP + ROW * index + (ROW - BAR) / 2, 0.0
-        base = y + BAR / 2 + 4  # of the text
-        body.append(f"<text x='{LEFT - 10}' y='{base}' text-anchor='end'>{_text(bar.label)}</text>")
-        for name, value in bar.segments.items():
-            body.append(
-                f"<rect x='{x(start):.2f}' y='{y}' width='{x(value) - LEFT:.2f}' height='{BAR}' fill='{COLORS[name]}'>"
-                f"<title>{_text(name)} {value:.3g} {unit}</title></rect>"
-            )
-            start += value
-        for name, value in bar.marks.items():
-            line = f"x1='{x(value):.1f}' y1='{y - 5}' x2='{x(value):.1f}' y2='{y + BAR + 5}'"
-            body.append(
-                f"<line {line} stroke='{INK}' stroke-width='2' stroke-dasharray='{dashes.get(name, '')}'>"
-                f"<title>{_text(name)} {value:.3g} {unit}</title></line>"
-            )
-        end = x(max(start, *bar.marks.values(), 0.0))
-        body.append(f"<text x='{end + 8:.1f}' y='{base}'>{_text(bar.note)}</text>")
-    legend = " ".join(f"<span><i style='color:{color}'>&#9632;</i> {_text(text)}</span>" for color, text in keys)
-    if marked := [(text, dash) for key, text, dash in FLOORS if any(key in bar.marks for bar in bars)]:
-        line = f"<line x1='4' y1='1' x2='4' y2='15' stroke='{INK}' stroke-width='2' stroke-dasharray="
-        marks = [f"<span><svg viewBox='0 0 8 16'>{line}'{dash}'/></svg> {_text(text)}</span>" for text, dash in marked]
-        legend += f"<br>{' '.join(marks)}"
-    return (
-        f"<figure><figcaption>{legend}</figcaption>"
-        f"<svg viewBox='0 0 {WIDTH} {bottom + AXIS}' font-size='13' font-family='system-ui, sans-serif' fill='{INK}' "
-        f"role='img' aria-label='{html.escape(title, quote=True)}'>{''.join(body)}</svg></figure>"
-    )
-
-
-def _ticks(most: float) -> list[float]:
-    """0 and a few round values, the last at or above ``most``."""
-    power = 10.0 ** (len(f"{most:.0f}") - 1) if most >= 1 else 1.0
-    while power > most:
-        power /= 10
-    step = next(step for step in (0.2 * power, 0.5 * power, power, 2 * power) if 6 * step >= most)
-    return [round(step * i, 12) for i in range(int(-(-most // step)) + 1)]
 
 
 __all__ = ["render"]

@@ -1,4 +1,4 @@
-"""Distances between two sets of samples, in NumPy."""
+"""Distances between two sets of samples, and between images, in NumPy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+# Images that are the same count as this many dB.
+MAX_PSNR = 78.0
 
 
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
@@ -59,3 +62,9 @@ def mmd_test(
     values = (table * (kernel @ table)).sum(0)
     above = int((values[1:] >= values[0] - 1e-12).sum())
     return float(values[0]), (1 + above) / (1 + permutations)
+
+
+def psnr(have: Array, want: Array) -> Array:
+    """Peak signal-to-noise ratio (N,) in dB of images (N, H, W, 3) uint8, at most ``MAX_PSNR``."""
+    mse = np.square(have.astype(np.float64) - want.astype(np.float64)).mean((1, 2, 3))
+    return np.asarray(np.minimum(10 * np.log10(255.0**2 / np.maximum(mse, 1e-9)), MAX_PSNR))

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,261 +32,35 @@ from arinar.law import Law, Parts, law_of
 from arinar.model import Arinar, denormalize, unpatchify
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import PHASES, BundleError, GraphInfo
-from arinar.runtime.machine import processor_name
+from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import Batch
 from arinar.sampler import StepRecord, sample
 from arinar.vae import AutoencoderKL, to_uint8
 
-from .distribution import Distribution, Features, check_samples, compare, make_references, open_measure
+from .checks import PARTED, THRESHOLDS, Check, ParityReport, Thresholds, default_thresholds
+from .distances import MAX_PSNR, psnr
+from .distribution import Distribution, check_samples, compare, make_references
+from .features import Features, open_measure
 
 Array = npt.NDArray[Any]
 Mixture = tuple[Array, Array, Array]
 
-#: The levels, in the order in which they are run.
-LEVELS = ("graph", "teacher-forced", "free-running", "distribution")
-PARAMETERS = ("weight", "mu", "logvar")
-# A feature of a token parts where it differs by more than this share of the largest value of all tokens (at least 1).
-PARTED = 1e-3
 # Of a token that one graph draws, the features that must keep their limit: a draw that a rounding error sends
 # elsewhere rightly changes the features after it.
 TOKEN_SHARE = 0.75
-# Images that are the same count as this many dB.
-MAX_PSNR = 78.0
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Limits. Errors, ``absolute`` apart, are relative to the largest value of an output where that is above 1.
-
-    No limit at all: infinity, or 0 where a value must be at least its limit.
-    """
-
-    graph: float = 1e-4
-    sampled_graph: float = 5e-3  # graphs that end in a draw: a small error may be steep in the tails
-    token: float = 2e-4  # graphs that draw a whole token, one feature from another: for three in four features
-    z: float = 1e-4
-    mixture: float = 1e-4
-    absolute: float = 1e-4  # of z and the mixtures' parameters
-    kl: float = 1e-5  # of the worst mixture
-    mean_kl: float = 1e-7
-    # Share of drawn features that both sides' mixtures ascribe to the same component: of the same tokens (level 2), and
-    # each side of its own (level 3).
-    same_component: float = 0.999
-    same_picks: float = 0.999
-    # Share of the free-running images that must lie within one grey level everywhere; median PSNR in dB.
-    same_images: float = 0.99
-    psnr: float = 45.0
-    # Distribution: how much less often the classifier may agree (beyond two standard errors), Frechet distance
-    # relative to that of two PyTorch runs (to other noise; to the same noise), p-value of the discrepancy, distance to
-    # given statistics against PyTorch's.
-    agreement_drop: float = 0.01
-    frechet_ratio: float = 1.5
-    paired_ratio: float = 0.1
-    mmd_p: float = 0.005
-    stats_ratio: float = 1.1
-
-
-# 8 bits. Largest errors depend on how far the tails were looked at; what counts is in the mixtures' mean divergence
-# (`arinar calibrate` keeps it within a budget) and in level 4.
-QUANTIZED = Thresholds(
-    graph=0.5,
-    sampled_graph=2.0,
-    token=0.5,
-    z=0.1,
-    mixture=0.5,
-    absolute=math.inf,
-    kl=0.5,
-    mean_kl=2e-3,
-    same_component=0.97,
-    same_picks=0.8,
-    same_images=0.0,
-    psnr=0.0,
-    paired_ratio=math.inf,
+# Packages that the outcome may depend on.
+PACKAGES = (
+    "arinar",
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch-fidelity",
 )
-
-#: By precision. fp32 is the blueprint's; the others are what was measured on the demo models, with room.
-THRESHOLDS = {
-    "fp32": Thresholds(),
-    # Measured in ONNX Runtime on the CPU: graph 7e-4, z 5.3e-4, mixture 1.8e-3, kl 8.8e-5 (draws stay in float32). The
-    # room is for GPUs, which accumulate and fuse in another order, and for deeper models.
-    "fp16": Thresholds(
-        graph=1e-2,
-        sampled_graph=5e-3,
-        token=0.1,
-        z=1e-2,
-        mixture=2e-2,
-        absolute=math.inf,
-        kl=1e-3,
-        mean_kl=1e-4,
-        same_component=0.99,
-        same_picks=0.9,
-        same_images=0.0,
-        psnr=25.0,
-        paired_ratio=math.inf,
-    ),
-    "int8": QUANTIZED,
-    "int8-static": QUANTIZED,
-    "fp8": replace(
-        QUANTIZED, graph=0.8, token=0.8, z=0.5, mixture=0.8, kl=1.0, mean_kl=1e-2, same_component=0.95, same_picks=0.7
-    ),
-}
-
-
-def default_thresholds(precision: str) -> Thresholds:
-    """Those of ``THRESHOLDS``; fp32's where the name is not one of them (a variant of one's own)."""
-    return THRESHOLDS.get(precision, Thresholds())
-
-
-def parse_thresholds(given: Sequence[str], precision: str) -> Thresholds:
-    """The limits of a precision with some overridden: ["z=1e-3", ...]. Raises ValueError for an unknown name, or what
-    is not a number of at least 0."""
-    base = default_thresholds(precision)
-    changes: dict[str, float] = {}
-    for item in given:
-        name, _, value = item.partition("=")
-        if name not in asdict(base):
-            raise ValueError(f"no threshold {name!r}; there are {', '.join(asdict(base))}")
-        try:
-            changes[name] = float(value)
-        except ValueError:
-            raise ValueError(f"threshold {item!r} has no number; write for example {name}=1e-3") from None
-        if not changes[name] >= 0:
-            raise ValueError(f"threshold {item!r} is not a limit; expected a number of at least 0, for example {name}=1e-3")
-    return replace(base, **changes)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the table: ``value`` must be at most ``limit`` (at least, where ``at_least``).
-
-    ``step``: the first outer step beyond the limit. ``where``: more exactly, what is.
-    """
-
-    level: str
-    name: str
-    value: float
-    limit: float | None
-    at_least: bool = False
-    note: str = ""
-    step: int | None = None
-    where: str = ""
-
-    @property
-    def passed(self) -> bool:
-        if self.limit is None:
-            return True
-        return bool(self.value >= self.limit) if self.at_least else bool(self.value <= self.limit)
-
-
-@dataclass
-class ParityReport:
-    """Checks in the order they were made, and the curves behind them (outer step -> value)."""
-
-    precision: str
-    backend: str
-    settings: dict[str, Any]
-    checks: list[Check] = field(default_factory=list)
-    # "z", "weight", "mu", "logvar", "kl": largest; "z mean", ...: mean.
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    images: dict[str, Array] = field(default_factory=dict)
-    # (step, feature) tables: largest and mean error of each mixture parameter ("mu", "mu mean"), mean divergence ("kl").
-    tables: dict[str, list[list[float]]] = field(default_factory=dict)
-    # Name -> counts per bin.
-    histograms: dict[str, list[int]] = field(default_factory=dict)
-    distribution: Distribution | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    thresholds: Thresholds | None = None
-    # What a reader should know besides the checks.
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def failed(self) -> list[Check]:
-        return [check for check in self.checks if not check.passed]
-
-    @property
-    def passed(self) -> bool:
-        return not self.failed
-
-    @property
-    def limited(self) -> int:
-        """How many of the checks can fail."""
-        return sum(check.limit is not None for check in self.checks)
-
-    @property
-    def changed_limits(self) -> dict[str, tuple[float, float]]:
-        """Limits that are not the precision's own: name -> default, what it was set to."""
-        if self.thresholds is None:
-            return {}
-        usual, now = asdict(default_thresholds(self.precision)), asdict(self.thresholds)
-        return {name: (usual[name], value) for name, value in now.items() if value != usual[name]}
-
-    @property
-    def first_failure(self) -> Check | None:
-        """What failed first: by level, then by outer step, then in the order of the data's way through the model."""
-
-        def order(check: Check) -> tuple[int, float]:
-            level = LEVELS.index(check.level) if check.level in LEVELS else len(LEVELS)
-            return level, math.inf if check.step is None else check.step
-
-        return min(self.failed, key=order, default=None)
-
-    @property
-    def first_divergence(self) -> str | None:
-        """In words: level, graph or quantity, outer step."""
-        check = self.first_failure
-        if check is None:
-            return None
-        number = f"level {LEVELS.index(check.level) + 1}, " if check.level in LEVELS else ""
-        at = "" if check.step is None else f", outer step {check.step}"
-        return f"{number}{check.level}: {check.name}{at}{f', {check.where}' if check.where else ''}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: a number that is not finite is None."""
-        found = {
-            "precision": self.precision,
-            "backend": self.backend,
-            "settings": self.settings,
-            "passed": self.passed,
-            "first_divergence": self.first_divergence,
-            "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
-            "changed_limits": self.changed_limits,
-            "notes": self.notes,
-            "curves": self.curves,
-            "tables": self.tables,
-            "histograms": self.histograms,
-            "distribution": None if self.distribution is None else asdict(self.distribution),
-            "provenance": self.provenance,
-        }
-        return {key: _finite(value) for key, value in found.items()}
-
-    def table(self) -> str:
-        """The checks as aligned text, one line each, with a verdict."""
-        rows = [("level", "check", "value", "limit", "")]
-        for check in self.checks:
-            limit = "" if check.limit is None else f"{'>=' if check.at_least else '<='} {check.limit:g}"
-            verdict = "" if check.limit is None else ("ok" if check.passed else "FAIL")
-            rows.append((check.level, check.name, f"{check.value:.3g}", limit, f"{verdict}  {check.note}".rstrip()))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4])).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
-        lines += [f"note: {note}" for note in self.notes]
-        for name, (usual, now) in self.changed_limits.items():
-            lines.append(f"note: the limit {name} was set to {now:g}; {self.precision}'s is {usual:g}")
-        if self.passed:
-            lines.append(f"all {self.limited} checks passed")
-        else:
-            lines.append(f"first divergence: {self.first_divergence}")
-            lines.append(f"{len(self.failed)} of {self.limited} checks FAILED")
-        return "\n".join(lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_parity(
@@ -425,26 +200,9 @@ def provenance(
     pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, reference: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What was compared, with what, when and where."""
-    import platform
-    from datetime import UTC, datetime
-    from importlib import metadata
-
-    versions = {}
-    for name in (
-        "arinar",
-        "torch",
-        "numpy",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "tensorrt",
-        "tensorrt-rtx",
-        "torch-fidelity",
-    ):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    where = machine(PACKAGES)
+    python = where["versions"].pop("python")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     manifest = pipeline.bundle.manifest
     graphs = manifest.precision_graphs(pipeline.precision)
     origin = dict(manifest.provenance)
@@ -461,21 +219,12 @@ def provenance(
         "backend": pipeline.backend.name,
         "compared with": dict(reference or {}) | hashes,
         "exported from these weights": ("yes" if all(known) else "no") if known else "unknown",
-        "machine": f"{_processor()}, {platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": versions,
+        "machine": f"{where['cpu']}, {where['architecture']}, {where['cpus']} CPUs{gpu}, {where['system']}",
+        "python": python,
+        "versions": where["versions"],
         "origin": origin,
         "sha256": {name: manifest.files[name].sha256 for name in files},
     }
-
-
-def _processor() -> str:
-    """Name of the processor, how many, and of the GPU where there is one."""
-    import os
-    import platform
-
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{processor_name()}, {platform.machine()}, {os.cpu_count()} CPUs{gpu}"
 
 
 def _per_graph(
@@ -756,20 +505,4 @@ def _own_picks(
     return float(np.average(shares, weights=sizes)), shares, picks
 
 
-def psnr(have: Array, want: Array) -> Array:
-    """Peak signal-to-noise ratio (N,) in dB of images (N, H, W, 3) uint8, at most ``MAX_PSNR``."""
-    mse = np.square(have.astype(np.float64) - want.astype(np.float64)).mean((1, 2, 3))
-    return np.asarray(np.minimum(10 * np.log10(255.0**2 / np.maximum(mse, 1e-9)), MAX_PSNR))
-
-
-__all__ = [
-    "LEVELS",
-    "THRESHOLDS",
-    "Check",
-    "ParityReport",
-    "Thresholds",
-    "add_distribution",
-    "default_thresholds",
-    "parse_thresholds",
-    "run_parity",
-]
+__all__ = ["add_distribution", "provenance", "run_parity"]

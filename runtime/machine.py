@@ -1,4 +1,4 @@
-"""This machine: its processor, the cores that this process may use, the ONNX Runtime package that is installed."""
+"""This machine: its processor, the cores that this process may use, the packages that are installed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,43 @@ import contextlib
 import os
 import platform
 import sys
+import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .bundle import BundleError
+
+# Packages that results depend on where they were imported.
+IMPORTED = ("onnxruntime", "tensorrt", "torch")
+
+
+def machine(packages: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a result depends on, ready for JSON: ``cpu`` its name, ``cores`` that this process may use, ``cpus`` that the
+    machine has, ``architecture``, ``system``, ``platform``, ``versions``, ``date``.
+
+    packages : whose versions are told, where installed. Default: NumPy and what of ``IMPORTED`` this process has.
+    """
+    versions = {"python": platform.python_version()}
+    if packages is None:
+        versions["numpy"] = np.__version__
+        versions |= {name: str(getattr(sys.modules[name], "__version__", "?")) for name in IMPORTED if name in sys.modules}
+    for name in packages or ():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "cpu": processor_name(),
+        "cores": usable_cores(),
+        "cpus": os.cpu_count(),
+        "architecture": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "platform": platform.platform(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def processor_name() -> str:

@@ -47,9 +47,13 @@ class Worklist:
         ]
         self.missing: list[int] = []
         for index, path in enumerate(self.paths):
-            if not path.exists() or (overwrite and read_metadata(path) != self.metadata[index]):
+            if not path.exists():
                 self.missing.append(index)
-            elif read_metadata(path) != self.metadata[index]:
+            elif read_metadata(path) == self.metadata[index]:
+                continue
+            elif overwrite:
+                self.missing.append(index)
+            else:
                 raise ValueError(
                     f"{path} is there already and was made with other settings; choose another folder, or --overwrite"
                 )

@@ -22,6 +22,7 @@ from arinar.measure.cost import image_cost
 from arinar.measure.peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
 from arinar.runtime import Bundle, Pipeline
 from arinar.runtime.backends.products import product_model, run_product
+from arinar.runtime.machine import machine
 from arinar.schedule import steps
 
 # ------------------------------------------------------------------------------------------------ what an image costs
@@ -349,3 +350,10 @@ def test_scaling_says_that_a_causal_model_has_no_choice_of_steps(causal_bundle: 
     scaling = pytest.importorskip("benchmarks.scaling")
     done = CliRunner().invoke(scaling.main, [str(causal_bundle), "--measure", "iterations"])
     assert done.exit_code == 0 and "always takes 16 steps" in done.stderr
+
+
+def test_what_machine_this_is() -> None:
+    here = machine()
+    assert here["cpu"] and 1 <= here["cores"] <= here["cpus"] and {"python", "numpy"} <= here["versions"].keys()
+    assert set(machine(("numpy", "no-such-package"))["versions"]) == {"python", "numpy"}
+    assert json.loads(json.dumps(here)) == here

@@ -353,11 +353,6 @@ def test_nothing_is_freed_during_a_capture(cuda: Cuda, runtime: FakeCudaRuntime)
     cuda.abandon_capture()  # of none: nothing happens
 
 
-def test_times_on_the_device(cuda: Cuda) -> None:
-    start = cuda.record_event()
-    assert cuda.milliseconds(start, cuda.record_event()) == 1.0
-
-
 def test_out_of_memory_names_the_remedy(digits: Path, trt: Any, runtime: FakeCudaRuntime) -> None:
     with pytest.raises(GpuMemoryError, match=r"2 MiB wanted, 1 of 1 MiB free.*--batch-size"):
         Cuda(runtime=FakeCudaRuntime(memory=2**20)).empty((2**21,), "uint8")
@@ -408,7 +403,7 @@ def test_the_real_bindings_take_our_arguments() -> None:
     cuda = Cuda.__new__(Cuda)
     cuda.runtime, cuda._stream, cuda.stream, cuda.capturing = real, real.cudaStream_t(0), 0, False
     cuda._unfinished, cuda._freed_in_capture = [], []
-    graph, event = real.cudaGraphExec_t(0), real.cudaEvent_t(0)
+    graph = real.cudaGraphExec_t(0)
     for call in (
         lambda: cuda.malloc(300),
         lambda: cuda._copy(512, 1024, 8, "HostToDevice"),
@@ -421,8 +416,6 @@ def test_the_real_bindings_take_our_arguments() -> None:
         lambda: cuda.launch_graph(graph),
         lambda: cuda.call("cudaGraphExecDestroy", graph),
         lambda: cuda.call("cudaGraphInstantiate", real.cudaGraph_t(0), 0),
-        cuda.record_event,
-        lambda: cuda.call("cudaEventElapsedTime", event, event),
         lambda: cuda.call("cudaSetDevice", 0),
         lambda: cuda.call("cudaStreamCreateWithFlags", real.cudaStreamNonBlocking),
     ):

@@ -18,7 +18,8 @@ from arinar.config import ArinarConfig
 from arinar.export.bundle import _merge, export_bundle, graph_specs, weights_sha256
 from arinar.export.steps import half_precision, half_precision_vae
 from arinar.export.trace import WeightStore, exact_reference, run_module
-from arinar.measure.parity import THRESHOLDS, run_parity
+from arinar.measure.checks import THRESHOLDS
+from arinar.measure.parity import run_parity
 from arinar.runtime import Bundle, BundleError, Pipeline
 
 both = pytest.mark.parametrize("config", [TINY, TINY_CAUSAL], ids=["masked", "causal"])

@@ -19,11 +19,14 @@ ROOMS = {
     **{room: (ROOT / room if (ROOT / room).is_dir() else ROOT.parent / room) for room in NAMES},
 }
 #: Modules of the model's room that need nothing but the standard library and NumPy: every room may import them.
-PLAIN = {f"arinar.{name}" for name in ("config", "files", "schedule", "mixture_law", "gmm_law")}
+PLAIN = {f"arinar.{name}" for name in ("config", "files", "schedule", "mixture_law", "gmm_law", "text")}
 #: Modules that import neither torch nor the model, though their rooms do.
 TORCH_FREE = {
     *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),
-    *(f"arinar.measure.{name}" for name in ("bench", "bench_report", "cost", "distances", "peaks")),
+    *(
+        f"arinar.measure.{name}"
+        for name in ("bench", "bench_report", "charts", "checks", "cost", "distances", "features", "parity_report", "peaks")
+    ),
 }
 #: Room -> what it may import of the others: whole rooms, or single modules.
 ALLOWED: dict[str, set[str]] = {

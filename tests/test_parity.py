@@ -19,19 +19,11 @@ import torch
 from arinar.checkpoint import load_arinar, load_vae
 from arinar.cli import main
 from arinar.gmm_law import mixture_kl, responsible_component
-from arinar.measure import distribution
+from arinar.measure import distribution, features
 from arinar.measure import parity as parity_module
-from arinar.measure.distances import frechet_between, frechet_distance, mmd_test
-from arinar.measure.parity import (
-    PARAMETERS,
-    THRESHOLDS,
-    Check,
-    ParityReport,
-    add_distribution,
-    parse_thresholds,
-    psnr,
-    run_parity,
-)
+from arinar.measure.checks import PARAMETERS, THRESHOLDS, Check, ParityReport, parse_thresholds
+from arinar.measure.distances import MAX_PSNR, frechet_between, frechet_distance, mmd_test, psnr
+from arinar.measure.parity import add_distribution, run_parity
 from arinar.model import Arinar
 from arinar.runtime import Pipeline
 from arinar.runtime.backends.engines import EngineError
@@ -306,7 +298,7 @@ def test_psnr() -> None:
     images = np.full((2, 4, 4, 3), 100, np.uint8)
     other = images.copy()
     other[1] += 10
-    np.testing.assert_allclose(psnr(other, images), [parity_module.MAX_PSNR, 10 * np.log10(255**2 / 100)])
+    np.testing.assert_allclose(psnr(other, images), [MAX_PSNR, 10 * np.log10(255**2 / 100)])
 
 
 # ---------------------------------------------------------------------------------------------- closed forms
@@ -412,8 +404,8 @@ def references(model: Arinar, vae: AutoencoderKL) -> distribution.References:
 
 def test_distribution_of_the_right_model(pipeline: Pipeline, references: distribution.References, tmp_path: Path) -> None:
     images = references.first
-    features = distribution.builtin_features(pipeline.config)(images)
-    np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    values = features.builtin_features(pipeline.config)(images)
+    np.savez(tmp_path / "stats.npz", mu=values.mean(0), sigma=np.cov(values, rowvar=False))
     found, deployed = distribution.compare(pipeline, references, stats=tmp_path / "stats.npz")
     assert deployed.shape == images.shape == (80, 32, 32, 3)
     assert found.frechet < 0.1 * found.yardstick and found.mmd_p > 0.01
@@ -445,7 +437,7 @@ def test_bad_statistics_features_and_counts(
 ) -> None:
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="features are 32 wide"):
-        distribution.read_stats(tmp_path / "narrow.npz", 32)
+        features.read_stats(tmp_path / "narrow.npz", 32)
     (tmp_path / "bad.npz").write_bytes(b"no")
     np.savez_compressed(tmp_path / "whole.npz", mu=np.arange(32.0), sigma=np.eye(32))
     whole = (tmp_path / "whole.npz").read_bytes()
@@ -454,23 +446,23 @@ def test_bad_statistics_features_and_counts(
     for content in (b"no", b"", whole[:50], whole[:-30], bytes(flipped)):
         (tmp_path / "bad.npz").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad.npz holds no statistics .* expected an .npz"):
-            distribution.read_stats(tmp_path / "bad.npz", 32)
+            features.read_stats(tmp_path / "bad.npz", 32)
     np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
     with pytest.raises(ValueError, match="not finite"):
-        distribution.read_stats(tmp_path / "nan.npz", 3)
+        features.read_stats(tmp_path / "nan.npz", 3)
     with pytest.raises(ValueError, match="at least 64"):
         distribution.make_references(model, vae, 10, SETTINGS)
     with pytest.raises(ValueError, match="choose builtin, inception"):
-        distribution.feature_extractor("vgg", model.config)
+        features.feature_extractor("vgg", model.config)
     with pytest.raises(ValueError, match="cannot be imported"):
-        distribution.feature_extractor("nowhere:f", model.config)
+        features.feature_extractor("nowhere:f", model.config)
     with pytest.raises(ValueError, match="is str; expected a function"):
-        distribution.feature_extractor("json:__name__", model.config)
+        features.feature_extractor("json:__name__", model.config)
     with pytest.raises(ValueError, match="json:dumps fails on black images: TypeError"):
-        distribution.open_measure("json:dumps", None, model.config)
+        features.open_measure("json:dumps", None, model.config)
     with pytest.raises(ValueError, match=r"gave \(1, 4\) for 2 images; expected finite values \(2, F\)"):
-        distribution.open_measure(lambda images: np.zeros((1, 4)), None, model.config)
-    assert distribution.feature_extractor("arinar.judge:classifier_features", model.config)(references.first).shape == (80, 256)
+        features.open_measure(lambda images: np.zeros((1, 4)), None, model.config)
+    assert features.feature_extractor("arinar.judge:classifier_features", model.config)(references.first).shape == (80, 256)
 
 
 def test_builtin_features_are_fixed_and_take_any_size() -> None:
@@ -478,5 +470,5 @@ def test_builtin_features_are_fixed_and_take_any_size() -> None:
     rng = np.random.default_rng(0)
     for size in (16, 64, 100):
         images = rng.integers(0, 256, (3, size, size, 3), np.uint8)
-        first, again = (distribution.builtin_features(config)(images) for _ in range(2))
-        assert first.shape == (3, distribution.BUILTIN_WIDTH) and np.array_equal(first, again)
+        first, again = (features.builtin_features(config)(images) for _ in range(2))
+        assert first.shape == (3, features.BUILTIN_WIDTH) and np.array_equal(first, again)

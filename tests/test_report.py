@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from arinar.measure.parity import PARAMETERS, Check, ParityReport, parse_thresholds
-from arinar.measure.parity_report import bar_plot, heat_map, line_plot, render, write_report
+from arinar.measure.charts import bar_plot, heat_map, line_plot, round_ticks
+from arinar.measure.checks import PARAMETERS, Check, ParityReport, parse_thresholds
+from arinar.measure.parity_report import render, write_report
 
 
 @pytest.fixture
@@ -165,3 +166,18 @@ def test_plots_of_nothing_and_of_extremes() -> None:
 def test_a_report_without_pictures_or_curves_renders() -> None:
     text = render(ParityReport("fp32", "onnxruntime-cpu", {}, [Check("graph", "outer_step", 0.0, 1e-4)]))
     assert "Passed: the deployed model is the trained one" in text and "<img" not in text
+
+
+@pytest.mark.parametrize("most", [1e-12, 0.003, 0.99, 1.0, 1.01, 5.0, 12.0, 12.1, 99.9, 1000.0, 123456.0])
+def test_ticks_are_few_round_and_reach_the_largest_value(most: float) -> None:
+    ticks = round_ticks(most)
+    steps = np.diff(ticks)
+    assert ticks[0] == 0 and ticks[-2] < most <= ticks[-1] * (1 + 1e-9) and 3 <= len(ticks) <= 7
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    assert f"{steps[0]:.0e}"[0] in "125"
+    counts = round_ticks(most, whole=True)
+    assert counts == [round(tick) for tick in counts] and most <= counts[-1]
+
+
+def test_ticks_of_nothing() -> None:
+    assert round_ticks(0.0)[-1] == 1.0 and round_ticks(0.0, whole=True) == [0.0, 1.0]

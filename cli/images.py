@@ -1,0 +1,179 @@
+"""Subcommands that make images."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import RUNTIME, SAMPLING, Labels, load_models, open_pipeline, print_json, provenance, say
+from .group import FAILED, main
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from arinar.judge import Judgement
+
+
+@main.command()
+@click.option(
+    "--model",
+    type=click.Choice(["digits", "digits-causal"]),
+    default="digits",
+    show_default=True,
+    help="Which of the shipped, really trained models.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the bundle and the pictures.",
+)
+@click.option("--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Images per digit.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> None:
+    """The whole journey on a model that ships with the package: checkpoint, ONNX, images, proof.
+
+    \b
+    Example:  arinar demo
+              arinar demo --model digits-causal -o causal-output
+    """
+    began = time.perf_counter()
+    say(f"1. the shipped checkpoint of {model!r}: a real model, trained on scikit-learn's handwritten digits")
+    from arinar.checkpoint import inspect_checkpoint
+
+    arinar, vae = load_models(model)
+    info = inspect_checkpoint(model)
+    say(f"   {info.parameters:,} parameters, {arinar.config.outer} outer network")
+
+    say("2. PyTorch modules -> ONNX graphs, each checked against PyTorch (the slow part)")
+    from arinar.export.bundle import export_bundle
+
+    bundle = out / f"{model}-bundle"
+    export_bundle(arinar, vae, bundle, overwrite=True, provenance=provenance(model, None, info), progress=_indent)
+
+    say(f"3. ONNX Runtime generates {10 * per_class} images, without PyTorch")
+    from arinar.runtime import Pipeline
+    from arinar.runtime.images import contact_sheet, save_png
+
+    pipeline = Pipeline.load(bundle)
+    labels = [digit for digit in range(10) for _ in range(per_class)]
+    made = pipeline.generate(labels, seed=seed)
+    picture = out / f"{model}.png"
+    save_png(contact_sheet(made.images, columns=per_class, scale=2), picture, {"model": model, "seed": seed})
+    say(f"   {len(labels)} images in {made.timings['total']:.1f} s -> {picture} (one row per digit)")
+
+    say("4. are they what PyTorch would have made? Same noise through both")
+    from arinar.measure.parity import run_parity
+
+    report = run_parity(pipeline, arinar, vae, labels=list(range(10)), seed=seed, progress=_indent)
+    say("\n" + report.table() + "\n")
+
+    say("5. an independent classifier, trained on the real digits, reads the images")
+    verdict = _judged(made.images, labels)
+    seconds = time.perf_counter() - began
+    say(f"done in {seconds:.0f} s. Look at {picture}; generate more with: arinar generate {bundle} --labels 0-9 -o out")
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "picture": str(picture),
+                "bundle": str(bundle),
+                "seconds": seconds,
+                "agreement": verdict.agreement,
+                "diversity": verdict.diversity,
+                "novelty": verdict.novelty,
+                "parity": report.to_dict(),
+            }
+        )
+    if not report.passed:
+        sys.exit(FAILED)
+
+
+def _indent(line: str) -> None:
+    say(f"   {line}")
+
+
+def _judged(images: list[Image], labels: list[int]) -> Judgement:
+    import numpy as np
+
+    from arinar.judge import judge
+
+    verdict = judge(np.stack([np.asarray(image) for image in images]), np.array(labels))
+    say(
+        f"   it agrees with the label on {verdict.agreement:.1%}; diversity within a class {verdict.diversity:.2f} of "
+        f"real digits'; distance to the nearest training image {verdict.novelty:.2f} of held-out digits'"
+    )
+    return verdict
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--labels", type=Labels(), required=True, help="Class ids and ranges: 207,360 or 0-9.")
+@click.option("--per-label", type=click.IntRange(min=1), default=1, show_default=True, help="Images of each label.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
+@click.option("--grid", is_flag=True, help="Also write a contact sheet, grid.png.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Images at a time; fixing it makes results identical to the last bit."
+)
+@click.option("--overwrite", is_flag=True, help="Replace images that were made with other settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
+@SAMPLING
+@RUNTIME
+def generate(
+    bundle: Path,
+    labels: list[int],
+    per_label: int,
+    out: Path,
+    grid: bool,
+    batch_size: int | None,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate images from a bundle: numbered PNG files that hold their label and seed as metadata.
+
+    Files that are already there, made with the same settings, are kept: an interrupted run goes on where it stopped.
+
+    \b
+    Example:  arinar generate bundle/ --labels 207,360 -o out/
+              arinar generate digits-bundle/ --labels 0-9 --per-label 10 --grid -o digits/ --seed 7
+    """
+    from tqdm import tqdm
+
+    from arinar.runtime.images import contact_sheet, save_png
+    from arinar.runtime.worklist import Worklist
+
+    pipeline = open_pipeline(bundle, **RUNTIME.of(options))
+    wanted, seed = [label for label in labels for _ in range(per_label)], options["seed"]
+    work = Worklist(pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options))
+    kept = len(wanted) - len(work.missing)
+    if kept:
+        say(f"{kept} of {len(wanted)} images are already in {out}")
+    with tqdm(total=len(work.missing) * work.num_iter, unit="step", disable=not work.missing) as bar:
+        timings = work.run(lambda steps: bar.update(steps) and None)
+    if grid:
+        columns = per_label if per_label > 1 else None
+        save_png(contact_sheet(work.images(), columns), out / "grid.png", {"seed": seed})
+    made = len(wanted) - kept
+    if as_json:
+        print_json(
+            {
+                "images": [str(path) for path in work.paths],
+                "labels": wanted,
+                "seed": seed,
+                "made": made,
+                "timings": timings,
+                "backend": pipeline.backend.name,
+                "precision": pipeline.precision,
+            }
+        )
+    else:
+        pace = f", {timings['total'] / made:.3g} s each" if made else ""
+        click.echo(f"{made} images in {out}{pace}" + (f"; contact sheet {out / 'grid.png'}" if grid else ""))

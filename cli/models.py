@@ -1,0 +1,100 @@
+"""Subcommands that make checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import say, without_none
+from .group import main
+
+
+@main.command()
+@click.argument("what", type=click.Choice(["model", "vae"]), default="model")
+@click.option("--config", default="digits", show_default=True, help="Preset name, or a JSON file with a model (or VAE) config.")
+@click.option(
+    "--data", default="digits", show_default=True, help="'digits', or a folder with one sub-folder of images per class."
+)
+@click.option("--vae", help="Autoencoder's checkpoint, for training a model. [default: the shipped one of the digits]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
+@click.option("--steps", type=click.IntRange(min=1), help="Updates. [default: what the shipped weights took]")
+@click.option("--batch-size", type=click.IntRange(min=1))
+@click.option("--learning-rate", type=float)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", help="torch device, e.g. cuda. [default: cuda where there is one]")
+def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: int, device: str | None, **given: Any) -> None:
+    """Train a model (or with VAE as the first argument, its autoencoder), starting or resuming.
+
+    Ctrl-C saves the training's state beside the checkpoint; the same command goes on from there, and ends with the
+    same weights as if it had not been interrupted.
+
+    \b
+    Example:  arinar train vae --config digits -o my-vae.safetensors
+              arinar train model --config digits --vae my-vae.safetensors -o my-digits.safetensors
+              arinar train model --config my-config.json --data photos/ --vae kl16.ckpt -o mine.safetensors
+    """
+    from arinar import train as training
+    from arinar.config import ArinarConfig, VaeConfig
+
+    chosen: Any = config
+    if config.endswith(".json"):
+        kind: Any = VaeConfig if what == "vae" else ArinarConfig
+        try:
+            chosen = kind.from_dict(json.loads(Path(config).read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{config} is not a {what} config: {error}") from error
+    arguments = without_none(given) | {"config": chosen, "data": data, "seed": seed, "device": device}
+    if what == "model":
+        arguments["vae"] = vae
+    elif vae is not None:
+        raise click.UsageError("--vae is for training a model")
+    result = (training.train_vae if what == "vae" else training.train_arinar)(out, **arguments)
+    if not result.finished:
+        say(f"interrupted after {result.step} steps; the same command resumes")
+        sys.exit(130)
+    held_out = "" if result.held_out is None else f", held-out loss {result.held_out:.4f} at step {result.best_step}"
+    click.echo(f"{out}: {result.parameters:,} parameters{held_out}")
+
+
+@main.command()
+@click.option("--preset", required=True, help="Name of a preset (see `arinar init --list`).", default="")
+@click.option("--list", "list_presets", is_flag=True, help="Show the presets.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
+@click.option("--vae-out", type=click.Path(path_type=Path), help="Also write an autoencoder of the preset's kind here.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None, seed: int) -> None:
+    """Write a checkpoint with random weights: for measuring speed and memory, not for pictures.
+
+    \b
+    Example:  arinar init --preset base -o base.safetensors --vae-out kl16.safetensors
+    """
+    from arinar.config import PRESETS, VAE_PRESETS
+
+    if list_presets:
+        for name, config in PRESETS.items():
+            click.echo(f"{name:14} {config.outer:7} {config.img_size}px, {config.seq_len} tokens, width {config.z_width}")
+        return
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
+    if out is None and vae_out is None:
+        raise click.UsageError("-o is missing: where should the checkpoint go?")
+    import torch
+
+    from arinar.checkpoint import save_arinar, save_vae
+    from arinar.model import Arinar, initialize
+    from arinar.vae import AutoencoderKL
+
+    note = {"weights": f"random, seed {seed}"}
+    if out is not None:
+        model = initialize(Arinar(PRESETS[preset]), seed)
+        save_arinar(out, model, metadata=note)
+        click.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    if vae_out is not None:
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(VAE_PRESETS["digits" if preset.startswith("digits") else "kl16"])
+        save_vae(vae_out, vae, metadata=note)
+        click.echo(f"{vae_out}: {sum(p.numel() for p in vae.parameters()):,} parameters")
