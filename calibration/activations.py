@@ -6,7 +6,7 @@ in float16 the float16 ones (its float32 islands cannot overflow), in a float32 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,10 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from arinar.runtime.backends.base import Array
+from arinar.runtime.backends.cpu import Buffers
 from arinar.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
-from arinar.runtime.bundle import Bundle
+from arinar.runtime.bundle import Bundle, GraphInfo
+from arinar.runtime.loop import Loop
 from arinar.runtime.pipeline import Pipeline
 from arinar.text import aligned
 
@@ -103,26 +105,29 @@ class WatchingBackend(OnnxRuntimeCpu):
     def __init__(self, bundle: Bundle, precision: str, *, threads: int | None = None) -> None:
         super().__init__(bundle, precision, threads=threads)
         self.peaks: dict[str, Peak] = {}
-        self._made: dict[str, list[tuple[str, str]]] = {}
 
-    def _load(self, name: str, options: Any) -> Any:
-        model, made = watched(onnx.load(self._bundle.path(self._graphs[name].file)))
-        self._made[name] = made
-        return self._ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    def _load(self, graph: GraphInfo, threads: int) -> Any:
+        model, made = watched(onnx.load(self._bundle.path(graph.file)))
+        options = self._options(graph, threads)
+        session = self._ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session, made
 
-    def parts(self, graph: str, rows: int) -> int:
+    def _parts(self, info: GraphInfo, rows: int) -> int:
         return 1  # every launch is to be seen
 
-    def launch(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        *results, peaks = self._session(graph, self.threads).run([*outputs, "peaks"], dict(inputs))
-        for target, value in zip(outputs.values(), results, strict=True):
-            target[...] = value
+    def _call(self, loaded: Any, graph: GraphInfo, inputs: Buffers, outputs: list[str]) -> list[Array]:
+        session, made = loaded
+        *results, peaks = session.run([*outputs, "peaks"], dict(inputs))
+        self._add(graph.name, peaks, made)
+        return results
+
+    def _add(self, graph: str, peaks: Array, made: list[tuple[str, str]]) -> None:
         peak = self.peaks.setdefault(graph, Peak())
         finite = np.where(np.isfinite(peaks), peaks, np.inf)
         worst = int(finite.argmax())
         peak.beyond += int(finite[worst] > FLOAT16_MAX)
         if finite[worst] > peak.value:
-            tensor, op = self._made[graph][worst]
+            tensor, op = made[worst]
             peak.value, peak.tensor, peak.op, peak.launch = float(finite[worst]), tensor, op, peak.launches
         peak.launches += 1
 
@@ -144,7 +149,8 @@ def measure_activations(
     """
     backend = WatchingBackend(bundle, precision, threads=threads)
     pipeline = Pipeline(bundle, backend, precision, inner)
-    pipeline.loop.keep_first_step = False  # every launch is to be seen
+    graphs = bundle.manifest.precision_graphs(precision)
+    pipeline.loop = Loop(backend, graphs, pipeline.config, inner, keep_first_step=False)  # every launch is to be seen
     pipeline.generate(list(labels), seed=seed, guidance_scale=guidance_scale, num_iter=num_iter)
     return ActivationReport(precision, len(labels), backend.peaks)
 

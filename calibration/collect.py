@@ -8,9 +8,8 @@ interrupted goes on after its last finished micro-batch and ends with the same r
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from arinar.config import ArinarConfig
 from arinar.export.layers import Graph, layer_graphs
-from arinar.files import replacing
+from arinar.runtime.backends.cpu import Buffers
 from arinar.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
 from arinar.runtime.backends.products import keep_products_exact
-from arinar.runtime.bundle import Bundle, Defaults
+from arinar.runtime.bundle import Bundle, Defaults, GraphInfo
+from arinar.runtime.head import head_class
 from arinar.runtime.loop import Loop
-from arinar.runtime.noise import Noise
-from arinar.runtime.pipeline import check_labels, check_num_iter, check_number
-from arinar.schedule import Step, steps
+from arinar.runtime.request import Sampling
 
 from .ranges import TensorStatistics
+from .recording import CalibrationError, Recording, StepSample
 
 Array = npt.NDArray[Any]
 FP16_MAX = 65504.0
@@ -40,100 +39,9 @@ MIN_IMAGES = 4
 STEP_SAMPLES, SAMPLE_ROWS = 16, 32
 # A row of a causal model's step brings its whole KV cache along: of a kept step, so many bytes (or one row).
 SAMPLE_BYTES = 64 << 20
-# Of the file that keeps a recording.
-RECORDING_VERSION = 3
 # Tokens of a launch of random inputs.
 RANDOM_TOKENS = 512
 MAXIMA = "calibration.maxima"
-
-
-class CalibrationError(ValueError):
-    """Calibration that cannot go on, or a calibration file that does not fit. The message tells the remedy."""
-
-
-@dataclass
-class StepSample:
-    """One outer step of a real trajectory: what went into the outer graph, and the features drawn from its z.
-
-    ``feed`` inputs of ``graph`` (outer_prefill or outer_step); ``labels`` (N,) of the cache rows (causal only);
-    ``rows`` which rows of the z that they give; ``features`` (rows, D - 1): all but the last, which conditions nothing.
-    """
-
-    graph: str
-    step: int
-    feed: dict[str, Array]
-    labels: Array
-    rows: Array
-    features: Array
-
-
-@dataclass
-class Recording:
-    """Everything recorded so far."""
-
-    settings: dict[str, Any]
-    layers: dict[str, TensorStatistics] = field(default_factory=dict)
-    maxima: dict[str, Array] = field(default_factory=dict)  # graph -> (tensors, steps)
-    tensors: dict[str, list[str]] = field(default_factory=dict)  # graph -> names of those tensors
-    samples: list[StepSample] = field(default_factory=list)
-    done: int = 0  # images
-    seen_steps: int = 0
-
-    def save(self, path: Path) -> None:
-        """Write to ``path`` (npz) in one step."""
-        arrays: dict[str, Array] = {}
-        for name, statistics in self.layers.items():
-            arrays |= {f"layer|{name}|{key}": value for key, value in statistics.arrays().items()}
-        arrays |= {f"maxima|{graph}": value for graph, value in self.maxima.items()}
-        for index, sample in enumerate(self.samples):
-            arrays |= {f"sample|{index}|feed|{key}": value for key, value in sample.feed.items()}
-            for key in ("labels", "rows", "features"):
-                arrays[f"sample|{index}|{key}"] = getattr(sample, key)
-        head = {
-            "version": RECORDING_VERSION,
-            "settings": self.settings,
-            "done": self.done,
-            "tensors": self.tensors,
-            "seen_steps": self.seen_steps,
-            "samples": [[sample.graph, sample.step] for sample in self.samples],
-        }
-        arrays["head"] = np.array(json.dumps(head))
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-    @classmethod
-    def load(cls, path: Path) -> Recording:
-        """Raises CalibrationError for what is not such a file."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            head = json.loads(str(arrays.pop("head")))
-            if head["version"] != RECORDING_VERSION:
-                raise ValueError(f"it has version {head['version']}; this version of arinar reads {RECORDING_VERSION}")
-            made = cls(head["settings"], done=head["done"], seen_steps=head["seen_steps"])
-            made.tensors = head["tensors"]
-            grouped: dict[str, dict[str, Array]] = {}
-            feeds: dict[int, dict[str, Array]] = {}
-            parts: dict[int, dict[str, Array]] = {}
-            for name, value in arrays.items():
-                kind, *rest = name.split("|")
-                if kind == "layer":
-                    grouped.setdefault(rest[0], {})[rest[1]] = value
-                elif kind == "maxima":
-                    made.maxima[rest[0]] = value
-                elif kind == "sample" and rest[1] == "feed":
-                    feeds.setdefault(int(rest[0]), {})[rest[2]] = value
-                elif kind == "sample":
-                    parts.setdefault(int(rest[0]), {})[rest[1]] = value
-            made.layers = {name: TensorStatistics.from_arrays(value) for name, value in grouped.items()}
-            made.samples = [
-                StepSample(graph, step, feeds.get(i, {}), **parts[i]) for i, (graph, step) in enumerate(head["samples"])
-            ]
-        except Exception as error:  # what NumPy, zipfile and zlib raise for damaged files has no common type
-            raise CalibrationError(
-                f"{path} is damaged, or no recording of `arinar calibrate` ({error}); delete it and calibrate again"
-            ) from error
-        return made
 
 
 def model_hashes(bundle: Bundle) -> dict[str, str]:
@@ -215,60 +123,79 @@ class RecordingBackend(OnnxRuntimeCpu):
 
     def __init__(self, bundle: Bundle, recording: Recording, num_steps: int, seed: int, threads: int | None) -> None:
         super().__init__(bundle, "fp32", threads=threads)
-        self.recording, self.num_steps, self.seed = recording, num_steps, seed
+        self.recording, self.seed = recording, seed
         self.step = 0
-        self._instrumented: dict[str, tuple[Any, Graph]] = {}
+        self._parsed: dict[str, Graph] = {}
+        self._unread = head_class(bundle.manifest.config).unread
         # Slot, the sample, and which rows of the launches it is made of.
         self._pending: tuple[int, StepSample, Array] | None = None
-        for name in layer_graphs(bundle.manifest.config):
-            graph = Graph.load(bundle.path(self._graphs[name].file))
-            model, tensors = with_outputs(graph)
-            self._instrumented[name] = (open_session(model, graph.folder, threads), graph)
+        for name in layer_graphs(self._graphs):
+            graph = self._parsed[name] = Graph.load(bundle.path(self._graphs[name].file))
+            tensors = self._ready(self._graphs[name], self.threads)[1]
             recording.tensors.setdefault(name, tensors)
             recording.maxima.setdefault(name, np.zeros((len(tensors), num_steps)))
             for layer in graph.layers.values():
                 recording.layers.setdefault(layer.name, TensorStatistics(len(layer.weight), num_steps))
 
-    def parts(self, graph: str, rows: int) -> int:
+    def _load(self, graph: GraphInfo, threads: int) -> Any:
+        if graph.name not in self._parsed:
+            return super()._load(graph, threads)
+        parsed = self._parsed[graph.name]
+        model, tensors = with_outputs(parsed)
+        return open_session(model, parsed.folder, threads), tensors
+
+    def _parts(self, info: GraphInfo, rows: int) -> int:
         return 1  # every launch is to be seen
 
-    def launch(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        if graph not in self._instrumented:
-            super().launch(graph, inputs, outputs)
-            return
-        session, parsed = self._instrumented[graph]
-        wanted = list(dict.fromkeys(layer.input for layer in parsed.layers.values() if layer.input not in inputs))
-        values = session.run([*outputs, MAXIMA, *wanted], dict(inputs))
-        made = dict(zip([*outputs, MAXIMA, *wanted], values, strict=True))
-        # The first feature has none before it: what the graph is given then is left over from somewhere, and not read.
-        unread = "feature" if graph == "inner_step" and inputs["position"][0] == 0 else None
-        for layer in parsed.layers.values():
-            if layer.input == unread:
+    def _call(self, loaded: Any, graph: GraphInfo, inputs: Buffers, outputs: list[str]) -> list[Array]:
+        if graph.name not in self._parsed:
+            return super()._call(loaded, graph, inputs, outputs)
+        layers = self._parsed[graph.name].layers.values()
+        wanted = list(dict.fromkeys(layer.input for layer in layers if layer.input not in inputs))
+        names = [*outputs, MAXIMA, *wanted]
+        made = dict(zip(names, loaded[0].run(names, dict(inputs)), strict=True))
+        self._add(graph.name, {**made, **inputs}, self._unread(graph.name, inputs))
+        if graph.phase == "outer":
+            self._begin_step(graph.name, inputs, made["z"])
+        return [made[name] for name in outputs]
+
+    def inputs_of_layers(self, name: str, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """What every layer of a graph gets, by layer, where the graph gets ``feed``; nothing is recorded."""
+        layers = self._parsed[name].layers.values()
+        wanted = list(dict.fromkeys(layer.input for layer in layers if layer.input not in feed))
+        session = self._ready(self._graphs[name], self.threads)[0]
+        made = dict(zip(wanted, session.run(wanted, dict(feed)), strict=True)) if wanted else {}
+        return {layer.name: {**made, **feed}[layer.input] for layer in layers}
+
+    def _add(self, name: str, values: Mapping[str, Array], unread: set[str]) -> None:
+        """Statistics of one launch; ``unread`` is left over from somewhere."""
+        for layer in self._parsed[name].layers.values():
+            if layer.input in unread:
                 continue
-            value = inputs[layer.input] if layer.input in inputs else made[layer.input]
-            if not np.isfinite(value).all():
+            if not np.isfinite(values[layer.input]).all():
                 raise FloatingPointError(
                     f"layer {layer.name!r} got values that are not finite at step {self.step}; "
                     f"the model itself is broken there, before any quantisation"
                 )
-            self.recording.layers[layer.name].update(value, self.step)
-        maxima = self.recording.maxima[graph]
-        if not np.isfinite(made[MAXIMA]).all():
-            bad = self.recording.tensors[graph][int(np.nonzero(~np.isfinite(made[MAXIMA]))[0][0])]
-            raise FloatingPointError(f"tensor {bad!r} of graph {graph!r} is not finite at step {self.step}")
-        maxima[:, self.step] = np.maximum(maxima[:, self.step], made[MAXIMA])
-        for name, target in outputs.items():
-            target[...] = made[name]
-        self._sample(graph, inputs, made)
+            self.recording.layers[layer.name].update(values[layer.input], self.step)
+        maxima, now = self.recording.maxima[name], values[MAXIMA]
+        if not np.isfinite(now).all():
+            bad = self.recording.tensors[name][int(np.nonzero(~np.isfinite(now))[0][0])]
+            raise FloatingPointError(f"tensor {bad!r} of graph {name!r} is not finite at step {self.step}")
+        maxima[:, self.step] = np.maximum(maxima[:, self.step], now)
 
-    def _sample(self, graph: str, inputs: Mapping[str, Array], made: Mapping[str, Array]) -> None:
-        """Reservoir sampling (algorithm R), its draws keyed by the count so that a resumed run goes on alike."""
-        if graph in ("outer_prefill", "outer_step"):
-            self._begin_step(graph, inputs, made["z"])
-        elif graph == "inner_step" and self._pending is not None:
-            self._add_feature(inputs)
+    def end_step(self, tokens: Array) -> None:
+        """A step is over: tokens (P, B, D) were drawn from the z that the outer graph gave."""
+        if self._pending is not None:
+            slot, sample, rows = self._pending
+            drawn = tokens.reshape(-1, tokens.shape[-1])  # conditional rows first, then the same tokens again
+            sample.tokens = drawn[rows % len(drawn)]
+            self.recording.samples[slot : slot + 1] = [sample]
+        self._pending = None
+        self.step += 1
 
     def _begin_step(self, graph: str, inputs: Mapping[str, Array], z: Array) -> None:
+        """Reservoir sampling (algorithm R), its draws keyed by the count so that a resumed run goes on alike."""
         seen = self.recording.seen_steps
         self.recording.seen_steps += 1
         slot = self._slot(seen)
@@ -282,8 +209,8 @@ class RecordingBackend(OnnxRuntimeCpu):
         if len(rows) > SAMPLE_ROWS:
             rows = np.sort(self._rng("rows", seen).permutation(len(z))[:SAMPLE_ROWS])
         labels = self._labels if "rows" in inputs or graph == "outer_prefill" else np.zeros(0, np.int64)
-        features = np.zeros((len(rows), 0), np.float32)
-        sample = StepSample(graph, self.step, self._feed(inputs, kept), labels, rows, features)
+        nothing = np.zeros((len(rows), 0), np.float32)  # until the step is over
+        sample = StepSample(graph, self.step, self._feed(inputs, kept), labels, rows, nothing)
         if kept is not None:
             sample.labels, sample.rows = labels[kept], np.arange(len(kept))
         self._pending = (slot, sample, rows)
@@ -307,16 +234,6 @@ class RecordingBackend(OnnxRuntimeCpu):
             feed[name][:, :, self._bundle.manifest.config.buffer_size + int(inputs["position"][0]) :] = 0
         return feed
 
-    def _add_feature(self, inputs: Mapping[str, Array]) -> None:
-        assert self._pending is not None
-        slot, sample, rows = self._pending
-        position = int(inputs["position"][0])
-        if position > 0:
-            sample.features = np.concatenate([sample.features, inputs["feature"][rows]], 1)
-        if position == self._bundle.manifest.config.token_dim - 1:
-            self.recording.samples[slot : slot + 1] = [sample]
-            self._pending = None
-
     def _rng(self, purpose: str, count: int) -> np.random.Generator:
         key = hashlib.sha256(f"{self.seed} {purpose} {count}".encode()).digest()[:16]
         return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
@@ -335,38 +252,30 @@ def check_arguments(
     *,
     num_images: int,
     labels: Sequence[int] | None = None,
-    guidance_scale: float | None = None,
-    cfg_schedule: str | None = None,
-    temperature: float | None = None,
-    num_iter: int | None = None,
-    seed: int = 0,
     batch_size: int = 8,
-) -> tuple[dict[str, Any], list[Step]]:
-    """What :func:`collect` would do with these arguments -> its settings (but for the model), its steps.
+    **arguments: Any,
+) -> tuple[dict[str, Any], Sampling]:
+    """What :func:`collect` would do with these arguments -> its settings (but for the model), and all images as one request.
 
-    Raises CalibrationError for too few images, ValueError for the other arguments.
+    ``arguments``: seed and sampling arguments as for `Pipeline.generate`. Raises CalibrationError for too few images,
+    ValueError for the other arguments.
     """
     if num_images < MIN_IMAGES:
         raise CalibrationError(f"num_images is {num_images}; ranges need at least {MIN_IMAGES} images (64 and more are better)")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    ids = check_labels(list(range(config.num_classes)) if labels is None else list(labels), config)
-    scale = check_number("guidance_scale", defaults.guidance_scale if guidance_scale is None else guidance_scale, 1.0)
-    heat = check_number("temperature", defaults.temperature if temperature is None else temperature, 0.0, strict=True)
-    schedule = cfg_schedule or defaults.cfg_schedule
-    plan = steps(config.seq_len, check_num_iter(num_iter, defaults.num_iter, config), scale, schedule)
-    Noise.from_seed(seed, [], config)
+    given = list(range(config.num_classes)) if labels is None else list(labels)
+    ids = Sampling.resolve(config, defaults, given, **arguments).labels.tolist()
+    taken = [ids[i % len(ids)] for i in range(num_images)]
+    sampling = Sampling.resolve(config, defaults, taken, **arguments)
     settings = {
         "num_images": num_images,
-        "labels": [int(i) for i in ids],
-        "seed": seed,
-        "guidance_scale": scale,
-        "cfg_schedule": schedule,
-        "temperature": heat,
-        "num_iter": len(plan),
+        "labels": ids,
+        "seed": sampling.seed,
+        **sampling.settings(),
         "batch_size": batch_size,
     }
-    return settings, plan
+    return settings, sampling
 
 
 def collect(
@@ -393,10 +302,9 @@ def collect(
     """
     say = progress or (lambda line: None)
     config = bundle.manifest.config
-    settings, plan = check_arguments(config, bundle.manifest.defaults, **arguments)
+    settings, sampling = check_arguments(config, bundle.manifest.defaults, **arguments)
     settings = {"model": model_hashes(bundle), **settings}
-    ids, seed, num_images = settings["labels"], settings["seed"], settings["num_images"]
-    guided, batch_size = settings["guidance_scale"] != 1.0, settings["batch_size"]
+    num_images, batch_size = len(sampling), settings["batch_size"]
     recording = Recording(settings)
     if partial is not None and partial.exists():
         recording = Recording.load(partial)
@@ -407,31 +315,21 @@ def collect(
                 f"or repeat that run's settings"
             )
         say(f"resuming after {recording.done} of {num_images} images")
-    backend = RecordingBackend(bundle, recording, len(plan), seed, threads)
-    loop = Loop(backend, bundle.manifest.precision_graphs("fp32"), config, "stepwise")
-    loop.keep_first_step = False  # every launch is to be seen
+    backend = RecordingBackend(bundle, recording, sampling.num_iter, sampling.seed, threads)
+    graphs = bundle.manifest.precision_graphs("fp32")
+    loop = Loop(backend, graphs, config, "stepwise", keep_first_step=False)  # every launch is to be seen
     while recording.done < num_images:
-        first = recording.done
-        indices = range(first, min(first + batch_size, num_images))
-        noise = Noise.from_seed(seed, indices, config)
-        batch = np.array([ids[i % len(ids)] for i in indices])
-        _run(loop, backend, batch, noise, plan, guided, settings["temperature"])
-        recording.done = indices.stop
+        rows = np.arange(recording.done, min(recording.done + batch_size, num_images))
+        backend.step = 0
+        with closing(loop.walk(sampling.batch(rows))) as walk:
+            for _, (step, state) in zip(range(sampling.num_iter), walk, strict=False):
+                backend.end_step(backend.download(state.tokens[step.remaining : step.masked]))
+            # (Closed before images are decoded: the VAE has no layers of interest.)
+        recording.done += len(rows)
         if partial is not None:
             recording.save(partial)
         say(f"{recording.done} of {num_images} images recorded")
     return recording
-
-
-def _run(
-    loop: Loop, backend: RecordingBackend, labels: Array, noise: Noise, plan: list[Step], guided: bool, heat: float
-) -> None:
-    """One micro-batch's tokens. (Images are not decoded: the VAE has no layers of interest.)"""
-    state = loop.state(len(labels), 2 if guided else 1, plan)
-    loop.fill(state, labels, noise, plan, heat)
-    for step in plan:
-        backend.step = step.index
-        loop.draw(state, step, loop.outer(state, step))
 
 
 def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: int = 0) -> Recording:
@@ -443,10 +341,11 @@ def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: in
     rng = np.random.default_rng(seed)
     length = config.seq_len
     limits = {"labels": (-1, config.num_classes), "rows": (0, 1)}
-    for name in layer_graphs(config):
-        info = bundle.manifest.graphs["fp32"][name]
-        positions = length - 1 if name == "outer_step" and config.outer == "causal" else length
-        positions = config.token_dim if name == "inner_step" else positions
+    infos = bundle.manifest.precision_graphs("fp32")
+    for name in layer_graphs(infos):
+        info = infos[name]
+        positions = length - 1 if info.phase == "outer" and info.cached else length
+        positions = config.token_dim if info.phase == "head" else positions
         for _ in range(launches):
             middle = int(rng.integers(1, length - 1)) if length > 2 else 1
             sizes = {"V": length - middle - 1, "P": 1, "U": middle, "G": 2, "B": rows, "N": rows, "S": config.token_dim}
@@ -457,9 +356,6 @@ def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: in
                     feed[tensor.name] = rng.integers(*limits.get(tensor.name, (0, positions)), shape)
                 else:
                     feed[tensor.name] = rng.standard_normal(shape).astype(tensor.dtype)
-            session, parsed = backend._instrumented[name]
-            wanted = [layer.input for layer in parsed.layers.values() if layer.input not in feed]
-            values = dict(zip(wanted, session.run(wanted, feed), strict=True)) if wanted else {}
-            for layer in parsed.layers.values():
-                recording.layers[layer.name].update(values.get(layer.input, feed.get(layer.input)), 0)  # type: ignore[arg-type]
+            for layer, value in backend.inputs_of_layers(name, feed).items():
+                recording.layers[layer].update(value, 0)
     return recording

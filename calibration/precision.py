@@ -21,14 +21,16 @@ import numpy.typing as npt
 from arinar.config import ArinarConfig
 from arinar.export.layers import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
 from arinar.files import check_writable, write_text
-from arinar.gmm_law import mixture_kl
-from arinar.runtime.bundle import Bundle, Defaults
+from arinar.law import Parts, law_of
+from arinar.runtime.backends.cpu import Buffers, CpuBackend
+from arinar.runtime.bundle import Bundle, Defaults, GraphInfo
+from arinar.runtime.head import Head, head_class
 
-from .collect import FP16_MAX, CalibrationError, Recording, check_arguments, collect, open_session
+from .collect import FP16_MAX, check_arguments, collect, open_session
 from .ranges import METHODS
+from .recording import CalibrationError, Recording
 
 Array = npt.NDArray[Any]
-Mixtures = tuple[Array, Array, Array]
 
 FORMAT_VERSION = 1
 #: What the search may spend by default, in nats per feature.
@@ -49,23 +51,37 @@ class Cost:
     z_error: float
 
 
+class SessionBackend(CpuBackend):
+    """Runs graphs in sessions that are given by name."""
+
+    def __init__(self, bundle: Bundle, sessions: Mapping[str, Any]) -> None:
+        super().__init__(bundle, "fp32", threads=1)
+        self._sessions = sessions
+
+    def _load(self, graph: GraphInfo, threads: int) -> Any:
+        return self._sessions[graph.name]
+
+    def _call(self, loaded: Any, graph: GraphInfo, inputs: Buffers, outputs: list[str]) -> list[Array]:
+        return list(loaded.run(outputs, dict(inputs)))
+
+
 class Evaluator:
     """Runs the recorded steps through quantised copies of the graphs and compares with fp32."""
 
     def __init__(self, bundle: Bundle, recording: Recording, threads: int | None = None) -> None:
-        self.config, self.threads = bundle.manifest.config, threads
-        infos = bundle.manifest.precision_graphs("fp32")
-        self.graphs = {n: Graph.load(bundle.path(infos[n].file)) for n in layer_graphs(self.config)}
+        self.bundle, self.config, self.threads = bundle, bundle.manifest.config, threads
+        self.infos = bundle.manifest.precision_graphs("fp32")
+        self.graphs = {n: Graph.load(bundle.path(self.infos[n].file)) for n in layer_graphs(self.infos)}
         self.layers: dict[str, Layer] = {}
         for graph in self.graphs.values():
             self.layers |= graph.layers
         self.samples = recording.samples
         if not self.samples:
             raise CalibrationError("the recording holds no steps; record more images")
-        self.features = np.concatenate([sample.features for sample in self.samples])  # (N, D - 1)
+        self.tokens = np.concatenate([sample.tokens for sample in self.samples])  # (N, D)
         self._sessions = {name: open_session(g.model, g.folder, threads) for name, g in self.graphs.items()}
         self._z = self._outer(self._sessions)
-        self._mixtures = self._inner(self._sessions, self._z)
+        self._law = self._draws(self._sessions, self._z)
 
     def cost(self, plans: Mapping[str, LayerPlan]) -> Cost:
         """What a precision map costs. Only the parts of the model that it touches run again."""
@@ -75,10 +91,16 @@ class Evaluator:
             graph = self.graphs[name]
             chosen = {layer: plan for layer, plan in plans.items() if layer in graph.layers}
             sessions[name] = open_session(graph.quantized(chosen), graph.folder, self.threads)
-        z = self._outer(sessions) if any(name.startswith("outer") for name in touched) else self._z
-        mixtures = self._inner(sessions, z)
-        kl = mixture_kl(self._mixtures, mixtures)
+        outer = any(self.infos[name].phase == "outer" for name in touched)
+        z = self._outer(sessions) if outer else self._z
+        kl = law_of(self.config).kl(self._law, self._draws(sessions, z))
         return Cost(float(kl.mean()), float(np.quantile(kl, 0.99)), float(np.abs(z - self._z).max()))
+
+    def _draws(self, sessions: Mapping[str, Any], z: Array) -> Parts:
+        """z (N, C) and the recorded tokens -> the law of every draw."""
+        backend = SessionBackend(self.bundle, sessions)
+        head: Head = head_class(self.config)(backend, self.infos, self.config, "stepwise")
+        return head.law(z, self.tokens)
 
     def _outer(self, sessions: Mapping[str, Any]) -> Array:
         """z (N, C) of all samples, one after another."""
@@ -98,33 +120,6 @@ class Evaluator:
             (z,) = sessions[sample.graph].run(["z"], feed)
             found.append(z[sample.rows])
         return np.concatenate(found)
-
-    def _inner(self, sessions: Mapping[str, Any], z: Array) -> Mixtures:
-        """z (N, C) and the recorded features -> weight, mu, logvar (N, D, K), feature by feature."""
-        start, modulation = sessions["inner_condition"].run(["start", "modulation"], {"z": z})
-        step = sessions["inner_step"]
-        outputs = [output.name for output in step.get_outputs()]
-        pasts = {item.name: item.shape for item in step.get_inputs() if item.name.startswith("past_key_values.")}
-        cache = {
-            name: np.zeros((len(z), shape[1], self.config.token_dim, shape[3]), np.float32) for name, shape in pasts.items()
-        }
-        parts: list[list[Array]] = [[], [], []]
-        for position in range(self.config.token_dim):
-            feature = np.zeros((len(z), 1), np.float32) if position == 0 else self.features[:, position - 1 : position]
-            feed = {
-                "feature": np.ascontiguousarray(feature),
-                "position": np.array([position], np.int64),
-                "start": start,
-                "modulation": modulation,
-                **cache,
-            }
-            made = dict(zip(outputs, step.run(outputs, feed), strict=True))
-            for target, name in zip(parts, ("weight", "mu", "logvar"), strict=True):
-                target.append(made[name])
-            for name in cache:
-                cache[name][:, :, position : position + 1] = made[name.replace("past_key_values", "present", 1)]
-        weight, mu, logvar = (np.stack(values, 1) for values in parts)
-        return weight, mu, logvar
 
 
 def layer_plan(layer: Layer, recording: Recording, scheme: str, method: str) -> LayerPlan:

@@ -383,12 +383,13 @@ class Curves:
             unit = " nats per feature" if name == "kl" else ""
             note = f"worst at step {worst}, mean {np.mean(self.curves[f'{name} mean']):.2g}{unit}"
             note += "" if over is None else f"; first beyond the limit at step {over}"
-            by_feature = over is not None and name in self.law.parts
-            where = f"feature {int(np.argmax(self.tables[name][over]))}" if by_feature else ""
+            where = ""
+            if over is not None and name in self.law.parts:
+                where = f"feature {int(np.argmax(self.tables[name][over]))}"
             found.append(Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where))
-        limit = None if thresholds.absolute == math.inf else thresholds.absolute
+        absolute = None if thresholds.absolute == math.inf else thresholds.absolute
         note = f"largest of {', '.join(self.names[:-1])} and {self.names[-1]}"
-        found.append(Check("teacher-forced", "absolute error", float(np.max(self.absolute)), limit, note=note))
+        found.append(Check("teacher-forced", "absolute error", float(np.max(self.absolute)), absolute, note=note))
         note, same = f"of {self.drawn} drawn features", self.same / self.drawn
         found.append(Check("teacher-forced", "same component", same, thresholds.same_component, True, note))
         mean_kl = float(np.mean(self.tables["kl"]))

@@ -65,6 +65,11 @@ class GmmHead:
             raise ValueError(f"inner is {mode!r}; choose one of {', '.join(self.MODES)}")
         self.backend, self.infos, self.config, self.mode = backend, graphs, config, mode
 
+    @staticmethod
+    def unread(graph: str, inputs: Mapping[str, Array]) -> set[str]:
+        # The first feature has none before it.
+        return {"feature"} if graph == "inner_step" and inputs["position"][0] == 0 else set()
+
     def graphs(self, guided: bool) -> list[str]:
         suffix = "_guided" if guided else ""
         fused, stepwise = [f"inner_token{suffix}"], ["inner_condition", "inner_step", f"mixture_sample{suffix}"]

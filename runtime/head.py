@@ -22,6 +22,10 @@ HEADS: dict[str, tuple[str, str]] = {"gmm": ("gmm_head", "GmmHead")}
 class Head(Protocol):
     """Made with (backend, graphs, config, mode); ``mode`` is one of the head's MODES."""
 
+    @staticmethod
+    def unread(graph: str, inputs: Mapping[str, Array]) -> set[str]:
+        """Inputs that a launch is given but does not read: what is in them is left over from somewhere."""
+
     def graphs(self, guided: bool) -> list[str]:
         """Names of the graphs that drawing launches."""
 
