@@ -73,36 +73,64 @@ class Arinar(nn.Module):
         the unknown tokens of one random mask ratio per batch, a causal one on all tokens in one pass.
         """
         tokens = patchify(normalize(latents, self.config), self.config.patch_size)  # (B, L, D)
-        if label_drop > 0:
-            drop = torch.rand(len(labels), generator=generator).to(labels.device) < label_drop
-            labels = torch.where(drop, torch.full_like(labels, -1), labels)
+        labels = drop_labels(labels, label_drop, generator)
         mask = self.training_mask(len(tokens), generator).to(tokens)  # (B, L)
         z = self.condition(tokens, mask, labels)
         return self.nll(z.flatten(0, 1), tokens.flatten(0, 1), mask.flatten())
 
-    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """(batch, L), 1 = to be predicted."""
+    def training_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        ratio_min: float = MASK_RATIO_MIN,
+        ratio_std: float = MASK_RATIO_STD,
+    ) -> Tensor:
+        """(batch, L), 1 = to be predicted: all tokens of a causal model.
+
+        Of a masked one, a share per batch and at least one token; the share is drawn from a one-sided normal that falls
+        from 1 with ``ratio_std``, truncated below ``ratio_min``.
+        """
         raise NotImplementedError  # by the kinds below
 
 
 class MaskedArinar(Arinar, MaskedOuter):
     condition = MaskedOuter.condition  # type: ignore[assignment]
 
-    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    def training_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        ratio_min: float = MASK_RATIO_MIN,
+        ratio_std: float = MASK_RATIO_STD,
+    ) -> Tensor:
         length = self.config.seq_len
-        while True:  # rejection from the one-sided normal: accepted 3 times in 4
-            ratio = 1.0 - abs(float(torch.randn((), generator=generator))) * MASK_RATIO_STD
-            if ratio >= MASK_RATIO_MIN:
+        while True:  # rejection: accepted 3 times in 4 with the published ratios
+            ratio = 1.0 - abs(float(torch.randn((), generator=generator))) * ratio_std
+            if ratio >= ratio_min:
                 break
         order = torch.rand(batch, length, generator=generator).argsort(1)
-        return (order < math.ceil(length * ratio)).float()
+        return (order < max(1, math.ceil(length * ratio))).float()
 
 
 class CausalArinar(Arinar, CausalOuter):
     condition = CausalOuter.condition
 
-    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    def training_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        ratio_min: float = MASK_RATIO_MIN,
+        ratio_std: float = MASK_RATIO_STD,
+    ) -> Tensor:
         return torch.ones(batch, self.config.seq_len)
+
+
+def drop_labels(labels: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Labels (B,), each replaced by the unconditional -1 with probability ``share``; 0 draws nothing."""
+    if share <= 0:
+        return labels
+    drop = torch.rand(len(labels), generator=generator).to(labels.device) < share
+    return torch.where(drop, torch.full_like(labels, -1), labels)
 
 
 def initialize(model: Arinar, seed: int = 0) -> Arinar:
