@@ -250,7 +250,7 @@ def test_a_failed_rebuild_keeps_the_old_engine(bundle: Bundle, fake: str, monkey
             Path(args[0]["out"]).write_bytes(b"half")
             raise failure
 
-        monkeypatch.setattr(engine_module, "_run_child", broken)
+        monkeypatch.setattr(engine_module, "run_child", broken)
         if isinstance(failure, KeyboardInterrupt):
             with pytest.raises(KeyboardInterrupt):
                 build_engines(bundle, module=fake, graphs=["first"], rebuild=True)
