@@ -1,4 +1,4 @@
-"""ARINAR: the outer and the inner model together, and the training loss."""
+"""ARINAR: the outer and the inner model together, the training loss, and what lies between tokens and images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ArinarConfig
+from .config import PRESETS, VAE_PRESETS, ArinarConfig
 from .inner import InnerAR, Mixture, log_density
 from .outer import CausalOuter, MaskedOuter
+from .vae import AutoencoderKL, to_uint8
 
 # MAR's training masks: the masked share is drawn from a normal of mean 1 and this std, truncated to [0.7, 1].
 MASK_RATIO_STD = 0.25
@@ -148,6 +149,23 @@ def initialize(model: Arinar, seed: int = 0) -> Arinar:
     return model
 
 
+def random_model(preset: str, seed: int = 0) -> Arinar:
+    """A preset's model with random weights, in eval mode."""
+    return initialize(Arinar(PRESETS[preset]), seed).eval()
+
+
+def random_vae(preset: str, seed: int = 0) -> AutoencoderKL:
+    """The autoencoder that belongs to a model's preset, with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return AutoencoderKL(VAE_PRESETS["digits" if preset.startswith("digits") else "kl16"]).eval()
+
+
+def random_models(preset: str, seed: int = 0) -> tuple[Arinar, AutoencoderKL]:
+    """Both: what benchmarks and trials run where no trained weights are at hand."""
+    return random_model(preset, seed), random_vae(preset, seed)
+
+
 def normalize(latents: Tensor, config: ArinarConfig) -> Tensor:
     """VAE latents (B, channels, H, W) -> what the model works on: (latents - shift) * scale."""
     return (latents - _per_channel(config.latent_shift, latents)) * _per_channel(config.latent_scale, latents)
@@ -177,3 +195,11 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     p, side = patch_size, math.isqrt(length)
     x = tokens.reshape(batch, side, side, features // (p * p), p, p)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // (p * p), side * p, side * p)
+
+
+@torch.no_grad()
+def decode_images(vae: AutoencoderKL, tokens: Tensor, config: ArinarConfig) -> Tensor:
+    """Tokens (B, L, D) in raster order -> images (B, H, W, 3) uint8, on the CPU."""
+    latents = denormalize(unpatchify(tokens, config.patch_size), config)
+    # Under autocast the decoder may answer in half precision, which rounds grey levels.
+    return to_uint8(vae.decode(latents).float()).cpu()

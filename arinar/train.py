@@ -31,15 +31,14 @@ from .model import (
     MASK_RATIO_MIN,
     MASK_RATIO_STD,
     Arinar,
-    denormalize,
+    decode_images,
     drop_labels,
     initialize,
     normalize,
     patchify,
-    unpatchify,
 )
 from .sampler import sample
-from .vae import AutoencoderKL, posterior, to_uint8
+from .vae import AutoencoderKL, posterior
 
 # Pixels, and images' latents, per forward pass where no gradient is needed: bounds the memory.
 EVAL_PIXELS = 250 * 32 * 32
@@ -403,8 +402,7 @@ def sample_images(
     config = model.config
     scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
     tokens = sample(model, labels, guidance_scale=scale, temperature=temperature, num_iter=num_iter, seed=seed)
-    latents = denormalize(unpatchify(tokens, config.patch_size), config)
-    return to_uint8(vae.decode(latents)).cpu()
+    return decode_images(vae, tokens, config)
 
 
 def training_loss(

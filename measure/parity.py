@@ -27,7 +27,7 @@ from arinar.export.engine import NOT_FOR_GENERATION
 from arinar.export.trace import GraphSpec, run_module
 from arinar.gmm_law import mixture_kl, responsible_component
 from arinar.mixture_law import NUM_UNIFORMS
-from arinar.model import Arinar, denormalize, unpatchify
+from arinar.model import Arinar, decode_images
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import BundleError, GraphInfo
 from arinar.runtime.cache import KVCache
@@ -36,7 +36,7 @@ from arinar.runtime.noise import Noise
 from arinar.runtime.pipeline import Pipeline, check_labels, check_num_iter, check_number
 from arinar.sampler import StepRecord, _sample_rows, sample
 from arinar.schedule import Step, steps
-from arinar.vae import AutoencoderKL, to_uint8
+from arinar.vae import AutoencoderKL
 
 from .distribution import Distribution, Features, check_samples, compare, make_references, open_measure
 
@@ -766,8 +766,7 @@ def _free_running(
     except FloatingPointError as error:
         add(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
         return False
-    with torch.no_grad():
-        want = to_uint8(vae.decode(denormalize(unpatchify(tokens, config.patch_size), config))).numpy()
+    want = decode_images(vae, tokens, config).numpy()
     have = np.stack([np.asarray(image) for image in out.images])
     report.images = {"reference": want, "deployed": have}
     apart = np.abs(out.tokens - tokens.numpy()).max(-1) > PARTED * max(1.0, float(tokens.abs().max()))  # (B, L)
