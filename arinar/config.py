@@ -171,11 +171,6 @@ class ArinarConfig:
         """A causal model's order of grid positions (raster unless configured)."""
         return self.order or tuple(range(self.seq_len))
 
-    @property
-    def max_num_iter(self) -> int:
-        """Largest sensible number of outer steps: one token a step."""
-        return self.seq_len
-
     def replace(self, **changes: Any) -> ArinarConfig:
         return replace(self, **changes)
 

@@ -1,4 +1,4 @@
-"""ARINAR: the outer and the inner model together, and the training loss."""
+"""ARINAR: the outer and the inner model together, the training loss, and what lies between tokens and images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ArinarConfig
+from .config import PRESETS, VAE_PRESETS, ArinarConfig
 from .gmm_head import GmmHead
 from .inner import Mixture
 from .outer import CausalOuter, MaskedOuter
+from .vae import AutoencoderKL, to_uint8
 
 # MAR's training masks: the masked share is drawn from a normal of mean 1 and this std, truncated to [0.7, 1].
 MASK_RATIO_STD = 0.25
@@ -81,36 +82,64 @@ class Arinar(nn.Module):
         the unknown tokens of one random mask ratio per batch, a causal one on all tokens in one pass.
         """
         tokens = patchify(normalize(latents, self.config), self.config.patch_size)  # (B, L, D)
-        if label_drop > 0:
-            drop = torch.rand(len(labels), generator=generator).to(labels.device) < label_drop
-            labels = torch.where(drop, torch.full_like(labels, -1), labels)
+        labels = drop_labels(labels, label_drop, generator)
         mask = self.training_mask(len(tokens), generator).to(tokens)  # (B, L)
         z = self.condition(tokens, mask, labels)
         return self.nll(z.flatten(0, 1), tokens.flatten(0, 1), mask.flatten())
 
-    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """(batch, L), 1 = to be predicted."""
+    def training_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        ratio_min: float = MASK_RATIO_MIN,
+        ratio_std: float = MASK_RATIO_STD,
+    ) -> Tensor:
+        """(batch, L), 1 = to be predicted: all tokens of a causal model.
+
+        Of a masked one, a share per batch and at least one token; the share is drawn from a one-sided normal that falls
+        from 1 with ``ratio_std``, truncated below ``ratio_min``.
+        """
         raise NotImplementedError  # by the kinds below
 
 
 class MaskedArinar(Arinar, MaskedOuter):
     condition = MaskedOuter.condition  # type: ignore[assignment]
 
-    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    def training_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        ratio_min: float = MASK_RATIO_MIN,
+        ratio_std: float = MASK_RATIO_STD,
+    ) -> Tensor:
         length = self.config.seq_len
-        while True:  # rejection from the one-sided normal: accepted 3 times in 4
-            ratio = 1.0 - abs(float(torch.randn((), generator=generator))) * MASK_RATIO_STD
-            if ratio >= MASK_RATIO_MIN:
+        while True:  # rejection: accepted 3 times in 4 with the published ratios
+            ratio = 1.0 - abs(float(torch.randn((), generator=generator))) * ratio_std
+            if ratio >= ratio_min:
                 break
         order = torch.rand(batch, length, generator=generator).argsort(1)
-        return (order < math.ceil(length * ratio)).float()
+        return (order < max(1, math.ceil(length * ratio))).float()
 
 
 class CausalArinar(Arinar, CausalOuter):
     condition = CausalOuter.condition
 
-    def training_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    def training_mask(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        ratio_min: float = MASK_RATIO_MIN,
+        ratio_std: float = MASK_RATIO_STD,
+    ) -> Tensor:
         return torch.ones(batch, self.config.seq_len)
+
+
+def drop_labels(labels: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Labels (B,), each replaced by the unconditional -1 with probability ``share``; 0 draws nothing."""
+    if share <= 0:
+        return labels
+    drop = torch.rand(len(labels), generator=generator).to(labels.device) < share
+    return torch.where(drop, torch.full_like(labels, -1), labels)
 
 
 def initialize(model: Arinar, seed: int = 0) -> Arinar:
@@ -126,6 +155,23 @@ def initialize(model: Arinar, seed: int = 0) -> Arinar:
             if name.endswith(("fake_latent", "mask_token", "_learned", "start_token", "pos_embedding", "class_emb.weight")):
                 parameter.normal_(0.0, 0.02, generator=generator)
     return model
+
+
+def random_model(preset: str, seed: int = 0) -> Arinar:
+    """A preset's model with random weights, in eval mode."""
+    return initialize(Arinar(PRESETS[preset]), seed).eval()
+
+
+def random_vae(preset: str, seed: int = 0) -> AutoencoderKL:
+    """The autoencoder that belongs to a model's preset, with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return AutoencoderKL(VAE_PRESETS["digits" if preset.startswith("digits") else "kl16"]).eval()
+
+
+def random_models(preset: str, seed: int = 0) -> tuple[Arinar, AutoencoderKL]:
+    """Both: what benchmarks and trials run where no trained weights are at hand."""
+    return random_model(preset, seed), random_vae(preset, seed)
 
 
 def normalize(latents: Tensor, config: ArinarConfig) -> Tensor:
@@ -157,3 +203,11 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     p, side = patch_size, math.isqrt(length)
     x = tokens.reshape(batch, side, side, features // (p * p), p, p)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // (p * p), side * p, side * p)
+
+
+@torch.no_grad()
+def decode_images(vae: AutoencoderKL, tokens: Tensor, config: ArinarConfig) -> Tensor:
+    """Tokens (B, L, D) in raster order -> images (B, H, W, 3) uint8, on the CPU."""
+    latents = denormalize(unpatchify(tokens, config.patch_size), config)
+    # Under autocast the decoder may answer in half precision, which rounds grey levels.
+    return to_uint8(vae.decode(latents).float()).cpu()

@@ -9,46 +9,37 @@ Letters: N images, B images per step, C latent channels, L tokens, D features pe
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .checkpoint import load_arinar, load_vae, save_arinar, save_vae
 from .config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 from .data import DIGITS, Augment, Dataset, load_dataset, to_float
 from .demo import demo_vae
-from .files import replacing
+from .fit import Fit, OnEval, Optimization, TrainResult, Watch, own_random_state, seed_for
 from .inner import Mixture, log_density
 from .judge import Judgement, judge
 from .model import (
     MASK_RATIO_MIN,
     MASK_RATIO_STD,
     Arinar,
-    MaskedArinar,
-    denormalize,
+    decode_images,
+    drop_labels,
     initialize,
     normalize,
     patchify,
-    unpatchify,
 )
 from .sampler import sample
-from .vae import AutoencoderKL, posterior, to_uint8
+from .vae import AutoencoderKL, posterior
 
-SCHEDULES = ("cosine", "constant")
-# Of the state files; a file of another version is refused rather than misread.
-STATE_VERSION = 1
 # Pixels, and images' latents, per forward pass where no gradient is needed: bounds the memory.
 EVAL_PIXELS = 250 * 32 * 32
 EVAL_BATCH = 250
@@ -58,8 +49,6 @@ EVAL_REPEATS = 4
 # Samples per call of the reference sampler when the demo models are judged: bounds the memory of 1000 proposals each.
 JUDGE_BATCH = 100
 
-OnEval = Callable[[int, float, float], None]
-
 #: What :func:`train_demo` trains. Their recipes are the defaults of :func:`train_vae` and :func:`train_arinar`.
 DEMO_NAMES = ("digits-vae", "digits", "digits-causal")
 
@@ -68,62 +57,6 @@ DEMO_NAMES = ("digits-vae", "digits", "digits-causal")
 FEW_TOKENS = 64
 FEW_TOKENS_RATIO_MIN = 0.05
 FEW_TOKENS_RATIO_STD = 0.5
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How weights are updated. AdamW; linear warm-up, then ``schedule`` ("cosine" to zero, or "constant").
-
-    ``weight_decay`` applies to matrices and convolutions only. ``ema`` is the decay of the averaged weights, reached
-    gradually. ``clip`` is the largest gradient norm.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int = 100
-    schedule: str = "cosine"
-    weight_decay: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    ema: float = 0.999
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"steps is {self.steps}, batch_size is {self.batch_size}; expected at least 1 of each")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; expected 0 <= ema < 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0..steps-1."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training came to.
-
-    ``finished`` is False after an interruption: the same call resumes. ``held_out`` is the lowest held-out loss (NLL
-    per token for a model, None without held-out images) and ``best_step`` the number of steps that gave it;
-    ``history`` lists (steps, mean training loss since the last entry, held-out loss).
-    """
-
-    path: Path
-    finished: bool
-    step: int
-    best_step: int
-    held_out: float | None
-    parameters: int
-    history: list[tuple[int, float, float]] = field(repr=False)
 
 
 def train_vae(
@@ -169,27 +102,13 @@ def train_vae(
     """
     vae_config = _preset(config, VAE_PRESETS, VaeConfig, "VAE config")
     optimization = Optimization(steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema)
+    watch = Watch(eval_every, save_every, progress, on_eval)
     dataset = _dataset(data, img_size, held_out, seed)
     target = _device(device)
-    with _own_random_state():
-        torch.manual_seed(_seed(seed, "weights"))
+    with own_random_state():
+        torch.manual_seed(seed_for(seed, "weights"))
         vae = AutoencoderKL(vae_config).to(target)
-        pixels = dataset.train.images
-
-        def loss(step: int, generator: torch.Generator) -> Tensor:
-            images = to_float(pixels[_batch(len(pixels), batch_size, step, seed)])
-            if augment is not None:
-                images = augment(images, generator)
-            return vae_loss(vae, images.to(target), generator, kl_weight, edge_weight)
-
-        def evaluate(averaged: nn.Module, generator: torch.Generator) -> float:
-            assert isinstance(averaged, AutoencoderKL)
-            total = 0.0
-            for images in torch.split(dataset.held_out.images, _eval_images(img_size)):
-                value = vae_loss(averaged, to_float(images).to(target), generator, kl_weight, edge_weight)
-                total += float(value) * len(images)
-            return total / len(dataset.held_out)
-
+        task = _VaeTask(vae, dataset, batch_size, seed, augment, kl_weight, edge_weight)
         identity = {
             "kind": "vae",
             "config": vae_config.to_dict(),
@@ -201,14 +120,39 @@ def train_vae(
             "eval_every": eval_every,
             "data": dataset.fingerprint(),
         }
-        fit = _Fit(vae, optimization, loss, evaluate if len(dataset.held_out) else None, seed, identity, target)
-        finished = fit.run(_state_path(out), eval_every, save_every, progress, on_eval)
-        if finished:
-            chosen = fit.chosen()
-            assert isinstance(chosen, AutoencoderKL)
-            save_vae(out, chosen, metadata=_metadata(fit, dataset, seed, "held_out_loss"))
-            _state_path(out).unlink(missing_ok=True)
-    return fit.result(Path(out), finished)
+        fit = Fit(vae, optimization, task.loss, task.evaluate if len(dataset.held_out) else None, seed, identity, target)
+        return _carry_out(fit, watch, Path(out), save_vae, "held_out_loss", dataset)
+
+
+@dataclass
+class _VaeTask:
+    """What each step of an autoencoder's training computes."""
+
+    vae: AutoencoderKL
+    dataset: Dataset
+    batch_size: int
+    seed: int
+    augment: Augment | None
+    kl_weight: float
+    edge_weight: float
+
+    def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        pixels = self.dataset.train.images
+        images = to_float(pixels[_batch(len(pixels), self.batch_size, step, self.seed)])
+        if self.augment is not None:
+            images = self.augment(images, generator)
+        return self._loss(self.vae, images, generator)
+
+    def evaluate(self, averaged: nn.Module, generator: torch.Generator) -> float:
+        assert isinstance(averaged, AutoencoderKL)
+        held_out = self.dataset.held_out.images
+        total = 0.0
+        for images in torch.split(held_out, _eval_images(held_out.shape[-1])):
+            total += float(self._loss(averaged, to_float(images), generator)) * len(images)
+        return total / len(held_out)
+
+    def _loss(self, vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+        return vae_loss(vae, images.to(_device_of(vae)), generator, self.kl_weight, self.edge_weight)
 
 
 def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator, kl_weight: float, edge_weight: float) -> Tensor:
@@ -274,55 +218,20 @@ def train_arinar(
     Raises ValueError for unsuitable arguments or data, and where the state file belongs to another training.
     """
     model_config = _preset(config, PRESETS, ArinarConfig, "config")
-    few = model_config.seq_len < FEW_TOKENS
-    if mask_ratio_min is None:
-        mask_ratio_min = FEW_TOKENS_RATIO_MIN if few else MASK_RATIO_MIN
-    if mask_ratio_std is None:
-        mask_ratio_std = FEW_TOKENS_RATIO_STD if few else MASK_RATIO_STD
-    ratios = {"mask_ratio_min": mask_ratio_min, "mask_ratio_std": mask_ratio_std}
-    for name, share in (("dropout", dropout), ("label_drop", label_drop), ("mask_ratio_min", mask_ratio_min)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} is {share}; expected 0 <= {name} < 1")
+    ratios = _mask_ratios(model_config, mask_ratio_min, mask_ratio_std)
+    _check_shares(dropout=dropout, label_drop=label_drop, mask_ratio_min=ratios["mask_ratio_min"])
     optimization = Optimization(steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema)
+    watch = Watch(eval_every, save_every, progress, on_eval)
     dataset = _dataset(data, model_config.img_size, held_out, seed)
     target = _device(device)
     coder = _autoencoder(vae, model_config).to(target)
-    with _own_random_state():
+    with own_random_state():
         moments = encode_copies(coder, dataset.train.images, augment, augmented_copies, seed)
         aside = encode_copies(coder, dataset.held_out.images, None, 0, seed)[0]
-        shift, scale = latent_statistics(moments)
-        model_config = model_config.replace(
-            num_classes=len(dataset.class_names),
-            class_names=dataset.class_names,
-            latent_shift=shift,
-            latent_scale=scale,
-        )
-        torch.manual_seed(_seed(seed, "weights"))
-        model = initialize(Arinar(model_config, dropout), _seed(seed, "weights")).to(target)
-        labels = dataset.train.labels
-
-        def tokens_of(chosen: Tensor, generator: torch.Generator) -> Tensor:
-            mean, std = posterior(chosen)
-            latents = mean + std * torch.randn(mean.shape, generator=generator)
-            return patchify(normalize(latents, model_config), model_config.patch_size).to(target)
-
-        def loss(step: int, generator: torch.Generator) -> Tensor:
-            rows = _batch(len(labels), batch_size, step, seed)
-            copies = torch.randint(len(moments), (len(rows),), generator=generator)
-            tokens = tokens_of(moments[copies, rows], generator)
-            return training_loss(model, tokens, labels[rows].to(target), generator, label_drop=label_drop, **ratios)
-
-        def evaluate(averaged: nn.Module, generator: torch.Generator) -> float:
-            assert isinstance(averaged, Arinar)
-            total = 0.0
-            for _ in range(EVAL_REPEATS):
-                for first in range(0, len(aside), EVAL_BATCH):
-                    ids = dataset.held_out.labels[first : first + EVAL_BATCH]
-                    tokens = tokens_of(aside[first : first + EVAL_BATCH], generator)
-                    value = training_loss(averaged, tokens, ids.to(target), generator, label_drop=0.0, **ratios)
-                    total += float(value) * len(ids)
-            return total / (EVAL_REPEATS * len(aside))
-
+        model_config = _fitted_to_data(model_config, dataset, moments)
+        torch.manual_seed(seed_for(seed, "weights"))
+        model = initialize(Arinar(model_config, dropout), seed_for(seed, "weights")).to(target)
+        task = _ArinarTask(model, dataset, moments, aside, batch_size, seed, label_drop, ratios)
         identity = {
             "kind": "arinar",
             "config": model_config.to_dict(),
@@ -336,14 +245,83 @@ def train_arinar(
             "eval_every": eval_every,
             "data": dataset.fingerprint(),
         }
-        fit = _Fit(model, optimization, loss, evaluate if len(aside) else None, seed, identity, target)
-        finished = fit.run(_state_path(out), eval_every, save_every, progress, on_eval)
-        if finished:
-            chosen = fit.chosen()
-            assert isinstance(chosen, Arinar)
-            save_arinar(out, chosen, metadata=_metadata(fit, dataset, seed, "held_out_nll"))
-            _state_path(out).unlink(missing_ok=True)
-    return fit.result(Path(out), finished)
+        fit = Fit(model, optimization, task.loss, task.evaluate if len(aside) else None, seed, identity, target)
+        return _carry_out(fit, watch, Path(out), save_arinar, "held_out_nll", dataset)
+
+
+def _mask_ratios(config: ArinarConfig, ratio_min: float | None, ratio_std: float | None) -> dict[str, float]:
+    few = config.seq_len < FEW_TOKENS
+    if ratio_min is None:
+        ratio_min = FEW_TOKENS_RATIO_MIN if few else MASK_RATIO_MIN
+    if ratio_std is None:
+        ratio_std = FEW_TOKENS_RATIO_STD if few else MASK_RATIO_STD
+    return {"mask_ratio_min": ratio_min, "mask_ratio_std": ratio_std}
+
+
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} is {share}; expected 0 <= {name} < 1")
+
+
+def _fitted_to_data(config: ArinarConfig, dataset: Dataset, moments: Tensor) -> ArinarConfig:
+    shift, scale = latent_statistics(moments)
+    return config.replace(
+        num_classes=len(dataset.class_names),
+        class_names=dataset.class_names,
+        latent_shift=shift,
+        latent_scale=scale,
+    )
+
+
+@dataclass
+class _ArinarTask:
+    """What each step of a model's training computes, on latents drawn from the images' posteriors."""
+
+    model: Arinar
+    dataset: Dataset
+    moments: Tensor  # (copies, N, 2C, h, w) of the training images
+    aside: Tensor  # (N, 2C, h, w) of the held-out images
+    batch_size: int
+    seed: int
+    label_drop: float
+    ratios: dict[str, float]
+
+    def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        labels = self.dataset.train.labels
+        rows = _batch(len(labels), self.batch_size, step, self.seed)
+        copies = torch.randint(len(self.moments), (len(rows),), generator=generator)
+        return self._loss(self.model, self.moments[copies, rows], labels[rows], generator, self.label_drop)
+
+    def evaluate(self, averaged: nn.Module, generator: torch.Generator) -> float:
+        assert isinstance(averaged, Arinar)
+        total = 0.0
+        for _ in range(EVAL_REPEATS):
+            for first in range(0, len(self.aside), EVAL_BATCH):
+                labels = self.dataset.held_out.labels[first : first + EVAL_BATCH]
+                value = self._loss(averaged, self.aside[first : first + EVAL_BATCH], labels, generator, 0.0)
+                total += float(value) * len(labels)
+        return total / (EVAL_REPEATS * len(self.aside))
+
+    def _loss(self, model: Arinar, moments: Tensor, labels: Tensor, generator: torch.Generator, label_drop: float) -> Tensor:
+        mean, std = posterior(moments)
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        device = model.fake_latent.device
+        tokens = patchify(normalize(latents, model.config), model.config.patch_size).to(device)
+        return training_loss(model, tokens, labels.to(device), generator, label_drop=label_drop, **self.ratios)
+
+
+def _carry_out(fit: Fit, watch: Watch, out: Path, save: Callable[..., None], measure: str, dataset: Dataset) -> TrainResult:
+    """Train, and write what came of it to ``out``; the state lies beside it until then."""
+    state = out.with_name(out.name + ".state")
+    finished = fit.run(state, watch)
+    if finished:
+        metadata = {"data": dataset.name, "seed": str(fit.seed), "steps": str(fit.step), "best_step": str(fit.best_step)}
+        if math.isfinite(fit.best):
+            metadata[measure] = f"{fit.best:.4f}"
+        save(out, fit.chosen(), metadata=metadata)
+        state.unlink(missing_ok=True)
+    return fit.result(out, finished)
 
 
 def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **changes: Any) -> TrainResult:
@@ -402,7 +380,7 @@ def judge_samples(
             guidance_scale=guidance_scale,
             temperature=temperature,
             num_iter=num_iter,
-            seed=_seed(seed, "samples", index),
+            seed=seed_for(seed, "samples", index),
         )
         for index, part in enumerate(torch.split(labels, JUDGE_BATCH))
     ]
@@ -424,8 +402,7 @@ def sample_images(
     config = model.config
     scale = config.default_guidance_scale if guidance_scale is None else guidance_scale
     tokens = sample(model, labels, guidance_scale=scale, temperature=temperature, num_iter=num_iter, seed=seed)
-    latents = denormalize(unpatchify(tokens, config.patch_size), config)
-    return to_uint8(vae.decode(latents)).cpu()
+    return decode_images(vae, tokens, config)
 
 
 def training_loss(
@@ -443,10 +420,8 @@ def training_loss(
     The same quantity as ``model(latents, labels)`` (without 0.5 log(2 pi) per feature), with the masks' share of
     unknown tokens to choose and no work for tokens that are known.
     """
-    if label_drop > 0:
-        drop = torch.rand(len(labels), generator=generator).to(labels.device) < label_drop
-        labels = torch.where(drop, torch.full_like(labels, -1), labels)
-    mask = draw_mask(model, len(tokens), generator, mask_ratio_min, mask_ratio_std).to(tokens)
+    labels = drop_labels(labels, label_drop, generator)
+    mask = model.training_mask(len(tokens), generator, mask_ratio_min, mask_ratio_std).to(tokens)
     unknown = mask.flatten().bool()
     z = model.condition(tokens, mask, labels).flatten(0, 1)[unknown]  # (N, C)
     features = tokens.flatten(0, 1)[unknown].float()  # (N, D)
@@ -456,35 +431,16 @@ def training_loss(
     return -log_density(features, mixture).sum(-1).mean() - constant
 
 
-def draw_mask(
-    model: Arinar,
-    batch: int,
-    generator: torch.Generator,
-    ratio_min: float = MASK_RATIO_MIN,
-    ratio_std: float = MASK_RATIO_STD,
-) -> Tensor:
-    """Training mask (batch, L), 1 = to be predicted; one share of unknown tokens per batch, at least one token."""
-    if not isinstance(model, MaskedArinar):
-        return model.training_mask(batch, generator)
-    length = model.config.seq_len
-    while True:  # rejection from the one-sided normal
-        ratio = 1.0 - abs(float(torch.randn((), generator=generator))) * ratio_std
-        if ratio >= ratio_min:
-            break
-    count = max(1, math.ceil(length * ratio))
-    return (torch.rand(batch, length, generator=generator).argsort(1) < count).float()
-
-
 @torch.no_grad()
 def encode_copies(vae: AutoencoderKL, images: Tensor, augment: Augment | None, copies: int, seed: int) -> Tensor:
     """uint8 images (N, 3, H, W) -> posterior moments (1 + copies, N, 2C, h, w) on the CPU; the first is unchanged.
 
     Without ``augment`` there is the first alone.
     """
-    device = vae.post_quant_conv.weight.device
+    device = _device_of(vae)
     found = []
     for index in range(1 + (copies if augment is not None else 0)):
-        generator = torch.Generator().manual_seed(_seed(seed, "augment", index))
+        generator = torch.Generator().manual_seed(seed_for(seed, "augment", index))
         parts = []
         for part in torch.split(images, _eval_images(images.shape[-1])):
             pixels = to_float(part)
@@ -515,172 +471,9 @@ def latent_statistics(moments: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     )
 
 
-class _Fit:
-    """One training: weights, their average, the optimizer, the best average so far. Knows nothing of the task."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimization: Optimization,
-        loss: Callable[[int, torch.Generator], Tensor],
-        evaluate: Callable[[nn.Module, torch.Generator], float] | None,
-        seed: int,
-        identity: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        self.module, self.optimization, self.loss, self.evaluate = module, optimization, loss, evaluate
-        self.seed, self.identity, self.device = seed, identity, device
-        self.averaged = copy.deepcopy(module).eval().requires_grad_(False)
-        decayed = [p for p in module.parameters() if p.ndim > 1]
-        others = [p for p in module.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=optimization.learning_rate,
-            betas=optimization.betas,
-        )
-        self.step = 0
-        self.best_step = 0
-        self.best = math.inf
-        self.best_weights: dict[str, Tensor] = {}
-        self.history: list[tuple[int, float, float]] = []
-        # Sum and number of training losses since the last evaluation.
-        self.recent = [0.0, 0]
-
-    def run(self, state: Path, eval_every: int, save_every: int, progress: bool, on_eval: OnEval | None) -> bool:
-        """Train to the last step -> True, or until a signal asks to stop -> False, with the state saved."""
-        if eval_every < 1 or save_every < 1:
-            raise ValueError(f"eval_every is {eval_every}, save_every is {save_every}; expected at least 1 of each")
-        state.parent.mkdir(parents=True, exist_ok=True)
-        if state.exists():
-            self.load(state)
-        steps = self.optimization.steps
-        bar = tqdm(total=steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5)
-        with bar, _stop_signal() as stopped:
-            while self.step < steps:
-                value = self.update()
-                self.recent = [self.recent[0] + value, self.recent[1] + 1]
-                bar.update()
-                held_out = f"{self.history[-1][2]:.3f}" if self.history else "-"
-                bar.set_postfix_str(f"loss {value:.3f}, held-out {held_out}", refresh=False)
-                if self.step % eval_every == 0 or self.step == steps:
-                    self.judge(on_eval)
-                if stopped() and self.step < steps:
-                    self.save(state)
-                    return False
-                if self.step % save_every == 0 and self.step < steps:
-                    self.save(state)
-        return True
-
-    def update(self) -> float:
-        """One optimizer step -> its loss."""
-        generator = torch.Generator().manual_seed(_seed(self.seed, "step", self.step))
-        torch.manual_seed(_seed(self.seed, "dropout", self.step))
-        self.module.train()
-        with _autocast(self.device):
-            loss = self.loss(self.step, generator)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RuntimeError(f"the training loss is {value} at step {self.step}; try a smaller learning_rate")
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.module.parameters(), self.optimization.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.optimization.rate(self.step)
-        self.optimizer.step()
-        self.step += 1
-        update_ema(self.averaged, self.module, ema_decay(self.optimization.ema, self.step))
-        return value
-
-    @torch.no_grad()
-    def judge(self, on_eval: OnEval | None) -> None:
-        """Evaluate the averaged weights, always on the same noise and masks, and keep the best."""
-        mean = self.recent[0] / max(1, self.recent[1])
-        self.recent = [0.0, 0]
-        if self.evaluate is None:
-            self.best_step, self.history = self.step, [*self.history, (self.step, mean, math.nan)]
-            return
-        with _autocast(self.device):
-            value = self.evaluate(self.averaged, torch.Generator().manual_seed(_seed(self.seed, "evaluate")))
-        if value < self.best:
-            self.best, self.best_step = value, self.step
-            self.best_weights = {k: v.detach().clone() for k, v in self.averaged.state_dict().items()}
-        self.history.append((self.step, mean, value))
-        if on_eval is not None:
-            on_eval(self.step, mean, value)
-
-    def chosen(self) -> nn.Module:
-        """The averaged weights with the lowest held-out loss; the last ones without held-out images."""
-        if self.best_weights:
-            self.averaged.load_state_dict(self.best_weights)
-        return self.averaged
-
-    def result(self, path: Path, finished: bool) -> TrainResult:
-        parameters = sum(p.numel() for p in self.module.parameters())
-        held_out = self.best if math.isfinite(self.best) else None
-        return TrainResult(path, finished, self.step, self.best_step, held_out, parameters, list(self.history))
-
-    def save(self, path: Path) -> None:
-        """Write the state under a temporary name, then rename: an interruption leaves the previous file whole."""
-        state = {
-            "version": STATE_VERSION,
-            "identity": self.identity,
-            "step": self.step,
-            "module": self.module.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "best_step": self.best_step,
-            "best_weights": self.best_weights,
-            "history": self.history,
-            "recent": self.recent,
-        }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
-
-    def load(self, path: Path) -> None:
-        """Continue from a state file, or raise ValueError where it is damaged or belongs to another training."""
-        remedy = f"repeat the first call's arguments, or delete {path} to start again"
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            version, identity = state["version"], state["identity"]
-        except Exception as error:  # torch.load raises half a dozen kinds
-            raise ValueError(f"{path} is not a readable training state; delete it to start again: {error}") from error
-        if version != STATE_VERSION:
-            raise ValueError(f"{path} has state version {version}; expected {STATE_VERSION}; {remedy}")
-        keys = self.identity.keys() | identity.keys()
-        changed = sorted(key for key in keys if self.identity.get(key) != identity.get(key))
-        if changed:
-            raise ValueError(f"{path} belongs to a training with another {', '.join(changed)}; {remedy}")
-        self.module.load_state_dict(state["module"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
-        self.best_weights, self.recent = state["best_weights"], state["recent"]
-        self.history = [tuple(entry) for entry in state["history"]]
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """Decay after ``step`` updates: short memory at first, so that the initial weights are soon forgotten."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_ema(averaged: nn.Module, module: nn.Module, decay: float) -> None:
-    """averaged = decay * averaged + (1 - decay) * module, for every parameter, in place; buffers are copied."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
-    for ours, theirs in zip(averaged.buffers(), module.buffers(), strict=True):
-        ours.copy_(theirs)
-
-
-def _seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed for one purpose, unrelated to that of any other."""
-    text = "/".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(seed, "epoch", epoch)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_for(seed, "epoch", epoch)))
 
 
 def _batch(count: int, batch_size: int, step: int, seed: int) -> Tensor:
@@ -721,55 +514,9 @@ def _autoencoder(vae: str | Path | AutoencoderKL | None, config: ArinarConfig) -
     return copy.deepcopy(vae).float().eval().requires_grad_(False)
 
 
+def _device_of(vae: AutoencoderKL) -> torch.device:
+    return vae.post_quant_conv.weight.device
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 on a CUDA device that computes in it; nothing elsewhere (CPUs mostly emulate it)."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Training seeds torch's global generator (dropout reads it); give the caller's state back afterwards."""
-    with torch.random.fork_rng():
-        yield
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """While inside, the first Ctrl-C (or SIGTERM) is noted, so that a step can end; the second acts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # only the main thread may install handlers
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def note(number: int, frame: object) -> None:
-        asked.set()
-        restore()
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield asked.is_set
-    finally:
-        restore()
-
-
-def _state_path(out: str | Path) -> Path:
-    return Path(out).with_name(Path(out).name + ".state")
-
-
-def _metadata(fit: _Fit, dataset: Dataset, seed: int, measure: str) -> dict[str, str]:
-    entries = {"data": dataset.name, "seed": str(seed), "steps": str(fit.step), "best_step": str(fit.best_step)}
-    if math.isfinite(fit.best):
-        entries[measure] = f"{fit.best:.4f}"
-    return entries

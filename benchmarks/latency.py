@@ -24,32 +24,24 @@ import numpy as np
 import torch
 
 from arinar.checkpoint import load_arinar, load_vae
-from arinar.config import PRESETS, VAE_PRESETS
 from arinar.files import check_writable, write_text
 from arinar.measure.cost import image_cost
 from arinar.measure.peaks import onnxruntime_peak
-from arinar.model import Arinar, denormalize, initialize, unpatchify
+from arinar.model import Arinar, decode_images, random_models
 from arinar.runtime import Noise, Pipeline
 from arinar.runtime.machine import machine, usable_cores
 from arinar.sampler import StepRecord, sample
 from arinar.schedule import steps
-from arinar.vae import AutoencoderKL, to_uint8
+from arinar.vae import AutoencoderKL
 
 DECODE_REPEATS = 3
-
-
-def base_models() -> tuple[Arinar, AutoencoderKL]:
-    """ARINAR-B and the KL-16 autoencoder with random weights."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(VAE_PRESETS["kl16"]).eval()
-    return initialize(Arinar(PRESETS["base"]), 0).eval(), vae
 
 
 def make_base(folder: Path) -> None:
     from arinar.export.bundle import export_bundle
     from arinar.export.quantize import quantize_bundle
 
-    export_bundle(*base_models(), folder, progress=click.echo)
+    export_bundle(*random_models("base"), folder, progress=click.echo)
     quantize_bundle(folder, "int8", progress=click.echo)
 
 
@@ -110,8 +102,7 @@ def compare(
     decode: dict[str, list[float]] = {name: [] for name in ("reference", *pipelines)}
     for _ in range(DECODE_REPEATS):
         start = time.perf_counter()
-        with torch.no_grad():
-            to_uint8(vae.decode(denormalize(unpatchify(tokens, config.patch_size), config)))
+        decode_images(vae, tokens, config)
         decode["reference"].append(time.perf_counter() - start)
         for name, pipeline in pipelines.items():
             start = time.perf_counter()
@@ -197,7 +188,7 @@ def main(
         for name in precisions or ("fp32",)
     }
     if base:
-        model, autoencoder = base_models()
+        model, autoencoder = random_models("base")
     else:
         assert checkpoint is not None and vae is not None
         model, autoencoder = load_arinar(checkpoint), load_vae(vae)

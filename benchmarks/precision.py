@@ -26,7 +26,7 @@ import torch
 from arinar.calibration.collect import Recording, collect_random
 from arinar.calibration.precision import DEFAULT_BUDGET_KL, Evaluator, calibrate, layer_plan
 from arinar.checkpoint import load_arinar, load_vae
-from arinar.config import PRESETS, VAE_PRESETS
+from arinar.config import PRESETS
 from arinar.demo import DEMO_MODELS
 from arinar.export.bundle import export_bundle
 from arinar.export.layers import SCHEMES, LayerPlan
@@ -35,7 +35,7 @@ from arinar.measure.checks import parse_thresholds as thresholds_of
 from arinar.measure.distribution import References, compare, make_references
 from arinar.measure.parity import add_distribution, run_parity
 from arinar.measure.parity_report import write_report
-from arinar.model import Arinar, initialize
+from arinar.model import Arinar, random_models
 from arinar.runtime import Pipeline
 from arinar.runtime.bundle import Bundle
 from arinar.vae import AutoencoderKL
@@ -48,9 +48,7 @@ PARITY_SEED = 1000
 def load(name: str) -> tuple[Arinar, AutoencoderKL, str]:
     if name in DEMO_MODELS:
         return load_arinar(name), load_vae(name), "the shipped weights"
-    torch.manual_seed(0)
-    vae = AutoencoderKL(VAE_PRESETS["kl16"]).eval()
-    return initialize(Arinar(PRESETS[name]), 0).eval(), vae, "random weights (seed 0)"
+    return *random_models(name), "random weights (seed 0)"
 
 
 def measure(

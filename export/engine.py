@@ -3,38 +3,23 @@
 Engines go to ``engines/<key>/<graph>.engine`` inside the bundle, each with a sidecar beside it; layout, sidecar and the
 rules by which the runtime chooses are in `arinar.runtime.backends.engines`. The manifest is not touched.
 
-The library is chosen by name and asked for its features (never for its version number). It is loaded in child
-processes only: a builder can crash, hang or run out of memory, and takes nobody with it.
+What to build is planned here, and kept where nothing has changed; each engine is built in a child process, by `builder`.
 
 Networks are strongly typed: an engine computes in the dtypes that its graph was exported with. Shapes are free within
 profiles, which follow from the graph's symbolic axes, the numbers of images, and the schedule of the outer steps.
-
-References, by class: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/Builder.html,
-.../Core/BuilderConfig.html, .../Core/OptimizationProfile.html, .../Core/ProgressMonitor.html, .../Core/Logger.html,
-.../infer/Graph/Network.html, .../parsers/Onnx/pyOnnx.html; of RTX alone (targets, portable engines):
-https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import importlib
 import importlib.util
 import itertools
-import json
 import math
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +43,8 @@ from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, file_sha256
 from arinar.runtime.loop import DECODE_PIXELS
 from arinar.schedule import mask_counts
 
+from .builder import Progress, run_child
+
 DEFAULT_BATCH = (1, 8, 64)
 DEFAULT_TIMEOUT = 3600.0
 
@@ -66,11 +53,8 @@ INSTALL_HINTS = {
     "tensorrt_rtx": "`pip install arinar[tensorrt-rtx]`",
 }
 
-# Lines of a child's output that are meant for us; the libraries print there too.
-MARK = "arinar-build: "
 
 Range = tuple[int, int, int]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -145,23 +129,17 @@ def build_engines(
     say = progress or (lambda line: None)
     precision = precision or ("fp16" if "fp16" in bundle.manifest.graphs else next(iter(bundle.manifest.graphs)))
     known = bundle.manifest.precision_graphs(precision)
-    names = [name for name in known if known[name].phase != "encode"] if graphs is None else list(graphs)
-    for name in names:
-        if name not in known:
-            raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(known)}")
+    names = _chosen_graphs(known, graphs)
     check_batch(batch)
-    config, defaults = bundle.manifest.config, bundle.manifest.defaults
-    if min_num_iter is None:
-        min_num_iter = max(1, defaults.num_iter // 4)
-    elif not 1 <= min_num_iter <= config.seq_len:
-        raise BundleError(f"min_num_iter is {min_num_iter}; expected 1..{config.seq_len}")
+    config, num_iter = bundle.manifest.config, bundle.manifest.defaults.num_iter
+    fewest = _fewest_steps(min_num_iter, num_iter, config.seq_len)
     if optimization_level is not None and not 0 <= optimization_level <= 5:
         raise BundleError(f"optimization_level is {optimization_level}; expected 0..5")
 
-    library = probe(module)
-    gpu = describe_gpu()
+    library, gpu = probe(module), describe_gpu()
     targets = check_targets(library, gpu, compute_capability)
-    axes = axis_ranges(config, batch, min_num_iter, defaults.num_iter)
+    axes = axis_ranges(config, batch, fewest, num_iter)
+    bundle.verify(sorted({file for name in names for file in (known[name].file, *known[name].weights)}))
     flags = {
         "strongly_typed": True,
         "tf32": False,
@@ -170,10 +148,8 @@ def build_engines(
         "version_compatible": version_compatible,
     }
     folder = bundle.folder / ENGINES / engine_key(module, library.version, targets, precision, version_compatible)
-    existing = {engine.path: engine for engine in list_engines(bundle)}
-    files = sorted({file for name in names for file in (known[name].file, *known[name].weights)})
-    bundle.verify(files)
-
+    cache = None if timing_cache is None else Path(timing_cache) / cache_name(module, library.version, targets)
+    existing = {} if rebuild else {engine.path: engine for engine in list_engines(bundle)}
     outcomes: list[Outcome] = []
     for number, name in enumerate(names, 1):
         info = EngineInfo(
@@ -191,27 +167,47 @@ def build_engines(
             driver=gpu.driver if gpu else "",
         )
         path = folder / f"{name}{ENGINE_SUFFIX}"
-        label = f"[{number}/{len(names)}] {name}"
-        old = existing.get(path)
-        if old is not None and not rebuild and unchanged(old, info):
-            say(f"{label}: unchanged, kept")
-            outcomes.append(Outcome(name, "reused", path, old.info))
-        elif dry_run:
-            say(f"{label}: would be built")
-            outcomes.append(Outcome(name, "planned", path, info))
-        else:
-            say(f"{label}: building")
-            cache = None if timing_cache is None else Path(timing_cache) / cache_name(module, library.version, targets)
-            job = _job(bundle, known[name], info, cache)
-            try:
-                info = _build(job, info, path, timeout, partial(_prefixed, say, label))
-            except EngineError as error:
-                say(f"{label}: FAILED: {error}")
-                outcomes.append(Outcome(name, "failed", path, info, str(error)))
-                continue
-            say(f"{label}: {info.size / 1e6:.1f} MB in {info.seconds:.1f} s")
-            outcomes.append(Outcome(name, "built", path, info))
+        tell = partial(_prefixed, say, f"[{number}/{len(names)}] {name}")
+        job = _job(bundle, known[name], info, cache)
+        outcomes.append(_settle(job, info, path, existing.get(path), timeout, dry_run, tell))
     return outcomes
+
+
+def _chosen_graphs(known: Mapping[str, GraphInfo], graphs: Sequence[str] | None) -> list[str]:
+    if graphs is None:
+        return [name for name in known if known[name].phase != "encode"]
+    for name in graphs:
+        if name not in known:
+            raise BundleError(f"the bundle has no graph {name!r}; it has {', '.join(known)}")
+    return list(graphs)
+
+
+def _fewest_steps(min_num_iter: int | None, default: int, seq_len: int) -> int:
+    if min_num_iter is None:
+        return max(1, default // 4)
+    if not 1 <= min_num_iter <= seq_len:
+        raise BundleError(f"min_num_iter is {min_num_iter}; expected 1..{seq_len}")
+    return min_num_iter
+
+
+def _settle(
+    job: dict[str, Any], info: EngineInfo, path: Path, old: Engine | None, timeout: float, dry_run: bool, say: Progress
+) -> Outcome:
+    """Keep the old engine, plan a new one, or build it."""
+    if old is not None and unchanged(old, info):
+        say("unchanged, kept")
+        return Outcome(info.graph, "reused", path, old.info)
+    if dry_run:
+        say("would be built")
+        return Outcome(info.graph, "planned", path, info)
+    say("building")
+    try:
+        info = _build(job, info, path, timeout, say)
+    except EngineError as error:
+        say(f"FAILED: {error}")
+        return Outcome(info.graph, "failed", path, info, str(error))
+    say(f"{info.size / 1e6:.1f} MB in {info.seconds:.1f} s")
+    return Outcome(info.graph, "built", path, info)
 
 
 def _prefixed(say: Progress, label: str, line: str) -> None:
@@ -321,7 +317,7 @@ def probe(module: str) -> Library:
     if importlib.util.find_spec(module) is None:
         raise BundleError(f"{module} is not installed: {hint}")
     try:
-        answer = _run_child({"what": "probe", "module": module}, timeout=300.0)
+        answer = run_child({"what": "probe", "module": module}, timeout=300.0)
     except EngineError as error:
         raise BundleError(f"{module} is installed but does not load ({error}). To install it: {hint}") from error
     return Library(module, answer["version"], tuple(answer["targets"]))
@@ -408,7 +404,7 @@ def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, sa
     try:
         made = scratch / path.name
         began = time.monotonic()
-        notes = _run_child(job | {"out": str(made.absolute())}, timeout, say)["notes"]
+        notes = run_child(job | {"out": str(made.absolute())}, timeout, say)["notes"]
         for note in notes:
             say(note)
         info = replace(info, size=made.stat().st_size, sha256=file_sha256(made), seconds=round(time.monotonic() - began, 2))
@@ -423,214 +419,6 @@ def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, sa
         shutil.rmtree(scratch, ignore_errors=True)
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
-
-
-_BOOT = (
-    "import json, sys; job = json.loads(sys.stdin.read()); sys.path[:] = job['sys_path']; "
-    "from arinar.export.engine import child; child(job)"
-)
-
-
-def _run_child(job: dict[str, Any], timeout: float, say: Progress | None = None) -> dict[str, Any]:
-    """Run `child` in a process of its own -> its answer. Raises EngineError for a crash, a time-out or an error."""
-    tail: list[str] = []
-    answer: dict[str, Any] = {}
-
-    def listen(stream: Any) -> None:
-        for line in stream:
-            if not line.startswith(MARK):
-                tail.append(line.strip())
-                del tail[:-5]
-                continue
-            message = json.loads(line[len(MARK) :])
-            if "progress" not in message:
-                answer.update(message)
-            elif say:
-                say(message["progress"])
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", _BOOT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    listener = threading.Thread(target=listen, args=(process.stdout,), daemon=True)
-    listener.start()
-    try:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code says so
-            process.stdin.write(json.dumps(job | {"sys_path": sys.path}))
-            process.stdin.close()
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise EngineError(
-                f"it did not finish within {timeout:g} s and was ended; allow it more time, or a lower optimization level"
-            ) from None
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        listener.join(10)
-    said = f" Last words: {' | '.join(line for line in tail if line)}" if any(tail) else ""
-    if code < 0:
-        name = signal.Signals(-code).name
-        why = "; the machine may be out of memory" if name == "SIGKILL" else ""
-        raise EngineError(f"the builder of {job['module']} crashed with {name}{why}.{said}")
-    if "error" in answer:
-        raise EngineError(answer["error"])
-    if code != 0 or not answer:
-        raise EngineError(f"the builder of {job['module']} ended with exit code {code} and no result.{said}")
-    return answer
-
-
-def child(job: dict[str, Any]) -> None:
-    """The child process: do the job, print the answer."""
-    try:
-        answer = _describe(job) if job["what"] == "probe" else _build_serialized(job)
-    except Exception as error:  # whatever a library raises must reach the parent as a message
-        answer = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, _BuildError) else str(error)}
-    _tell(answer)
-
-
-def _tell(message: dict[str, Any]) -> None:
-    print(f"\n{MARK}{json.dumps(message)}", flush=True)
-
-
-class _BuildError(RuntimeError):
-    """Of the library: parser or builder refused."""
-
-
-def _describe(job: dict[str, Any]) -> dict[str, Any]:
-    trt = importlib.import_module(job["module"])
-    targets = []
-    if hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability"):
-        for name in trt.ComputeCapability.__members__:
-            if match := re.fullmatch(r"SM(\d+)(\d)", name):
-                targets.append(f"{match[1]}.{match[2]}")
-    return {"version": trt.__version__, "targets": targets}
-
-
-def _build_serialized(job: dict[str, Any]) -> dict[str, Any]:
-    """Parse, configure, build, write. Only calls that tensorrt 10, 11 and tensorrt_rtx have in common, or asked for."""
-    trt = importlib.import_module(job["module"])
-    flags: dict[str, Any] = job["flags"]
-    notes: list[str] = []
-    complaints: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                complaints.append(message.strip())
-
-    log = Log()
-    builder = trt.Builder(log)
-    kinds = trt.NetworkDefinitionCreationFlag
-    # TensorRT 11 and RTX know no other networks than strongly typed ones; 10 must be told.
-    network = builder.create_network(1 << int(kinds.STRONGLY_TYPED) if hasattr(kinds, "STRONGLY_TYPED") else 0)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(job["onnx"]):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise _BuildError("the parser refused the graph: " + "; ".join(errors or complaints or ["no reason given"]))
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    for tensor in inputs:
-        # A shape tensor is read on the host: its value could not change within a recorded CUDA graph.
-        if tensor.is_shape_tensor:
-            raise _BuildError(f"input {tensor.name!r} became a shape tensor; inputs must be data")
-
-    config = builder.create_builder_config()
-    if flags["workspace"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags["workspace"])
-    if flags["optimization_level"] is not None:
-        config.builder_optimization_level = flags["optimization_level"]
-    if not flags["tf32"]:
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; rounds the factors of float32 products to 10 bits
-    if flags["version_compatible"]:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if job["targets"] and hasattr(config, "set_compute_capability"):
-        config.num_compute_capabilities = len(job["targets"])
-        for index, target in enumerate(job["targets"]):
-            if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"], index):
-                raise _BuildError(f"compute capability {target} was refused: {'; '.join(complaints)}")
-    profile = builder.create_optimization_profile()
-    for name, (low, usual, high) in job["profiles"].items():
-        profile.set_shape(name, tuple(low), tuple(usual), tuple(high))
-    if job["profiles"] and config.add_optimization_profile(profile) < 0:
-        raise _BuildError(f"the shapes {job['profiles']} were refused: {'; '.join(complaints)}")
-    if hasattr(trt, "IProgressMonitor"):
-        config.progress_monitor = _monitor(trt)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # RTX has timing caches in name only
-        cache = _load_timing_cache(config, job["timing_cache"], notes)
-        serialized = builder.build_serialized_network(network, config)
-        if serialized is None:
-            raise _BuildError("the builder refused the graph: " + "; ".join(complaints[-4:] or ["no reason given"]))
-        if cache is not None:
-            _save_timing_cache(config, Path(job["timing_cache"]), notes)
-    with open(job["out"], "wb") as file:
-        file.write(serialized)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"notes": notes}
-
-
-def _monitor(trt: Any) -> Any:
-    """Prints the outermost phases of a build, and how far they are, every few seconds."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-            self.last = time.monotonic()
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:
-                self.steps[phase_name] = num_steps
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            now, total = time.monotonic(), self.steps.get(phase_name)
-            if total and now - self.last > 5:
-                self.last = now
-                _tell({"progress": f"{phase_name}: {step + 1} of {total}"})
-            return True  # go on
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
-
-    return Monitor()
-
-
-def _load_timing_cache(config: Any, path: str | None, notes: list[str]) -> Any:
-    if path is None:
-        return None
-    if not hasattr(config, "create_timing_cache"):
-        notes.append("this library keeps no timing cache; --timing-cache has no effect")
-        return None
-    file = Path(path)
-    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        notes.append(f"the timing cache {file} does not fit this library and GPU; starting a new one")
-        cache = config.create_timing_cache(b"")
-        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-            return None
-    return cache
-
-
-def _save_timing_cache(config: Any, path: Path, notes: list[str]) -> None:
-    cache = config.get_timing_cache()
-    data = None if cache is None else cache.serialize()
-    if data is None or not len(memoryview(data)):
-        notes.append("this library wrote no timing cache")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(memoryview(data))
-    os.replace(temporary, path)
 
 
 __all__ = ["DEFAULT_BATCH", "Outcome", "axis_ranges", "build_engines", "describe_gpu", "probe", "profiles"]

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arinar.model import Arinar, denormalize, unpatchify
+from arinar.model import Arinar, decode_images
 from arinar.runtime.noise import Noise
 from arinar.runtime.pipeline import Pipeline
 from arinar.sampler import sample
-from arinar.vae import AutoencoderKL, to_uint8
+from arinar.vae import AutoencoderKL
 
 from .distances import frechet_between, frechet_distance, mean_and_covariance, mmd_test
 from .features import Features, Measure, check_features, open_measure, right_answers
@@ -97,9 +97,7 @@ def make_references(
                 num_iter=settings["num_iter"],
                 noise=Noise.from_seed(seed, rows, config),
             )
-            with torch.no_grad():
-                latents = denormalize(unpatchify(tokens, config.patch_size), config)
-                images.append(to_uint8(vae.decode(latents)).numpy())
+            images.append(decode_images(vae, tokens, config).numpy())
             if progress:
                 progress(f"PyTorch, seed {seed}: {rows.stop} of {count} images")
         sets.append(np.concatenate(images))

@@ -29,14 +29,14 @@ from arinar.export.spec import GraphSpec
 from arinar.export.trace import run_module
 from arinar.head import Draw
 from arinar.law import Law, Parts, law_of
-from arinar.model import Arinar, denormalize, unpatchify
+from arinar.model import Arinar, decode_images
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import PHASES, BundleError, GraphInfo
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import Batch
 from arinar.sampler import StepRecord, sample
-from arinar.vae import AutoencoderKL, to_uint8
+from arinar.vae import AutoencoderKL
 
 from .checks import PARTED, THRESHOLDS, Check, ParityReport, Thresholds, default_thresholds
 from .distances import MAX_PSNR, psnr
@@ -457,8 +457,7 @@ def _free_running(
     except FloatingPointError as error:
         add(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
         return False
-    with torch.no_grad():
-        want = to_uint8(vae.decode(denormalize(unpatchify(tokens, config.patch_size), config))).numpy()
+    want = decode_images(vae, tokens, config).numpy()
     have = np.stack([np.asarray(image) for image in out.images])
     report.images = {"reference": want, "deployed": have}
     apart = np.abs(out.tokens - tokens.numpy()).max(-1) > PARTED * max(1.0, float(tokens.abs().max()))  # (B, L)

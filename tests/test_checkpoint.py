@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arinar import checkpoint
+from arinar import checkpoint_files
 from arinar.checkpoint import (
     CheckpointError,
     inspect_checkpoint,
@@ -30,6 +30,7 @@ from arinar.checkpoint import (
 )
 from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 from arinar.model import Arinar, CausalArinar
+from arinar.published import guess_heads, infer_arinar, infer_vae
 from arinar.vae import AutoencoderKL
 
 State = dict[str, Tensor]
@@ -206,7 +207,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
         Path(name).write_bytes(before[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(checkpoint_files, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         save_arinar(path, random_module(SMALL, seed=1))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.safetensors"]
@@ -227,7 +228,7 @@ def test_stored_config_can_be_overruled(tmp_path: Path, silent: None) -> None:
 
 def test_newer_format_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(checkpoint_files, "FORMAT_VERSION", 2)
     save_arinar(path, random_module(SMALL))
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="format version 2, this arinar reads 1: use a newer arinar"):
@@ -243,7 +244,7 @@ def test_unknown_config_entry(tmp_path: Path) -> None:
         "config": {**SMALL.to_dict(), "flavour": 1},
         "metadata": {},
     }
-    header["sha256"] = checkpoint._digest(header, model.state_dict())
+    header["sha256"] = checkpoint_files.contents_sha256(header, model.state_dict())
     save_file(model.state_dict(), path, {"arinar": json.dumps(header)})
     with pytest.raises(CheckpointError, match=r"its stored config is not usable: .*unknown entries flavour"):
         load_arinar(path)
@@ -335,7 +336,7 @@ def test_guesses_of_inner_heads() -> None:
         ((1280, 22), (1024, 1), 16),
         ((768, 14), (768, 2), 16),
     ]:
-        assert checkpoint._guess_heads(outer, inner)[0] == heads
+        assert guess_heads(outer, inner)[0] == heads
 
 
 @pytest.mark.parametrize("name", ["base", "large", "huge", "base-v1", "large-v1", "huge-v1"])
@@ -343,17 +344,17 @@ def test_published_sizes_are_recognised(name: str) -> None:
     """From shapes alone, heads included: base and its first version look the same, so that guess is the first."""
     with torch.device("meta"):
         state = Arinar(PRESETS[name]).state_dict()
-    config, _, warned = checkpoint._infer_arinar(Path("bare"), state, None, None)
+    config, _, warned = infer_arinar(Path("bare"), state, None, None)
     assert config == PRESETS["base-v1" if name == "base" else name] and len(warned) == 1
     args = {"inner_ar_width": PRESETS[name].inner_width}
-    config, _, warned = checkpoint._infer_arinar(Path("bare"), state, args, None)
+    config, _, warned = infer_arinar(Path("bare"), state, args, None)
     assert config == PRESETS[name].replace(inner_heads=16) and not warned
 
 
 def test_published_autoencoder_is_recognised() -> None:
     with torch.device("meta"):
         state = AutoencoderKL(VAE_PRESETS["kl16"]).state_dict()
-    assert checkpoint._infer_vae(Path("kl16.ckpt"), state) == VAE_PRESETS["kl16"]
+    assert infer_vae(Path("kl16.ckpt"), state) == VAE_PRESETS["kl16"]
 
 
 def test_given_config_against_the_args(tmp_path: Path, published: State) -> None:

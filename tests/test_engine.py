@@ -25,7 +25,6 @@ from arinar.runtime.backends.engines import (
     EngineInfo,
     engine_key,
     find_engines,
-    fits,
     graph_hash,
     list_engines,
     mismatch,
@@ -250,7 +249,7 @@ def test_a_failed_rebuild_keeps_the_old_engine(bundle: Bundle, fake: str, monkey
             Path(args[0]["out"]).write_bytes(b"half")
             raise failure
 
-        monkeypatch.setattr(engine_module, "_run_child", broken)
+        monkeypatch.setattr(engine_module, "run_child", broken)
         if isinstance(failure, KeyboardInterrupt):
             with pytest.raises(KeyboardInterrupt):
                 build_engines(bundle, module=fake, graphs=["first"], rebuild=True)
@@ -463,9 +462,6 @@ def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
                             assert axes[axis][0] <= size <= axes[axis][2], (num_iter, step, axis)
     outer = GraphInfo("outer_step", "f", 20, tuple(TensorInfo(n, "int64", ("N",)) for n in OUTER_INPUTS["causal"][1:2]), ())
     assert profiles(outer, axes)["rows"] == ((2,), (16,), (32,))
-    info = sidecar(profiles=profiles(outer, axes))
-    assert fits(info, {"rows": (32,)}) is None and fits(info, {"other": (99,)}) is None
-    assert "input 'rows' has shape (33,); the engine takes (2,) to (32,)" in str(fits(info, {"rows": (33,)}))
 
 
 # ------------------------------------------------------------------------------------------- the real library

@@ -17,8 +17,9 @@ from arinar import train
 from arinar.checkpoint import inspect_checkpoint, load_arinar
 from arinar.config import VAE_PRESETS, ArinarConfig, VaeConfig
 from arinar.data import Augment, Dataset, ImageSet
+from arinar.fit import Optimization, TrainResult, ema_decay, update_ema
 from arinar.model import Arinar, initialize, normalize, patchify
-from arinar.train import Optimization, TrainResult, train_arinar, train_vae
+from arinar.train import train_arinar, train_vae
 from arinar.vae import AutoencoderKL, posterior
 
 VAE = VaeConfig(
@@ -263,12 +264,12 @@ def test_label_drop_hides_labels() -> None:
 def test_masks_hide_the_same_number_everywhere() -> None:
     model = Arinar(MASKED)
     generator = torch.Generator().manual_seed(0)
-    published = [train.draw_mask(model, 3, generator).sum(1) for _ in range(200)]
-    wide = [train.draw_mask(model, 3, generator, 0.0, 1.0).sum(1) for _ in range(200)]
+    published = [model.training_mask(3, generator).sum(1) for _ in range(200)]
+    wide = [model.training_mask(3, generator, 0.0, 1.0).sum(1) for _ in range(200)]
     assert all((counts == counts[0]).all() and counts[0] >= 1 for counts in published + wide)
     assert min(int(counts[0]) for counts in published) == 12  # ceil(0.7 * 16)
     assert {int(counts[0]) for counts in wide} == set(range(1, 17))
-    assert train.draw_mask(Arinar(CAUSAL), 3, generator).eq(1).all()
+    assert Arinar(CAUSAL).training_mask(3, generator).eq(1).all()
 
 
 def test_ema_is_a_geometric_mean_of_the_past() -> None:
@@ -279,9 +280,9 @@ def test_ema_is_a_geometric_mean_of_the_past() -> None:
         for parameter in module.parameters():
             parameter.fill_(3.0)
     for _ in range(5):
-        train.update_ema(averaged, module, 0.8)
+        update_ema(averaged, module, 0.8)
     torch.testing.assert_close(averaged.weight, torch.full((2, 2), 3.0 - 2.0 * 0.8**5))
-    assert train.ema_decay(0.999, 0) == 0.1 and train.ema_decay(0.999, 10**6) == 0.999
+    assert ema_decay(0.999, 0) == 0.1 and ema_decay(0.999, 10**6) == 0.999
 
 
 def test_learning_rate_schedule() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -269,17 +269,6 @@ def _preferred(info: EngineInfo) -> tuple[bool, int, list[int]]:
     return not info.version_compatible, -(len(info.compute_capability) or 99), _numbers(info.version)
 
 
-def fits(info: EngineInfo, shapes: Mapping[str, Shape]) -> str | None:
-    """Why inputs of these shapes lie outside the engine's profiles, or None when they fit."""
-    for name, shape in shapes.items():
-        if name not in info.profiles:
-            continue
-        least, _, most = info.profiles[name]
-        if len(shape) != len(least) or not all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True)):
-            return f"input {name!r} has shape {shape}; the engine takes {least} to {most}"
-    return None
-
-
 __all__ = [
     "ENGINES",
     "MODULES",
@@ -290,7 +279,6 @@ __all__ = [
     "build_command",
     "engine_key",
     "find_engines",
-    "fits",
     "graph_hash",
     "list_engines",
     "mismatch",

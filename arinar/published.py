@@ -1,0 +1,318 @@
+"""What the published codes' checkpoints mean: their arguments, the heads we do not have, and configs from shapes.
+
+Published files carry no config: it is inferred from the saved training ``args`` and the tensors' shapes. What neither
+shows (attention heads, the latent scale) follows the published code, and is said aloud where it is a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint_files import CheckpointError, some
+from .config import ArinarConfig, VaeConfig
+
+#: Heads of the inner attention in the first public version of the published code, and in the later ones.
+FIRST_VERSION_INNER_HEADS = 4
+LATER_INNER_HEADS = 16
+# Attention heads of the published outer widths (base, large, huge): they leave no trace in the weights.
+PUBLISHED_OUTER_HEADS = {768: 12, 1024: 16, 1280: 16}
+# (outer width, depth) that only one of the versions had.
+_FIRST_VERSION_SIZES = {(1024, 16), (1280, 20)}
+_LATER_SIZES = {(1024, 18), (1280, 22)}
+
+_ONLY_GMM = "only the inner autoregressive Gaussian-mixture head is supported (head_type ar_gmm, feature_group 1, no flow)"
+_HEAD_TYPES = {
+    "ar_diff_loss": "inner autoregressive diffusion",
+    "ar_rect_flow": "inner autoregressive rectified flow",
+    "ar_byte": "inner autoregressive bytes",
+    "rect_flow": "rectified flow",
+    "diff_loss": "diffusion",
+    "gmm_wo_ar": "Gaussian mixture without inner autoregression",
+    "gmm_cov_wo_ar": "full-covariance Gaussian mixture without inner autoregression",
+}
+_HEAD_KEYS = {
+    "diffloss.": "diffusion or rectified-flow",
+    "gmm_head.": "non-autoregressive Gaussian-mixture",
+    "arhead.net.": "inner diffusion or rectified-flow",
+    "arhead.word_embed.": "inner bytes",
+}
+
+
+def refuse_other_heads(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for what the published code can train and we cannot run."""
+    backbone = str(args.get("model", "mar"))
+    if backbone.startswith("var"):
+        raise CheckpointError(f"{path} has the backbone {backbone}; only the masked MAR backbone is supported")
+    head_type = args.get("head_type", "ar_gmm")
+    if head_type != "ar_gmm":
+        name = _HEAD_TYPES.get(str(head_type), "unknown")
+        raise CheckpointError(f"{path} has the head {head_type} ({name}); {_ONLY_GMM}")
+    for prefix, name in _HEAD_KEYS.items():
+        if any(key.startswith(prefix) for key in state):
+            raise CheckpointError(f"{path} has a {name} head (entries {prefix}*); {_ONLY_GMM}")
+    if args.get("use_nf") or any(key.startswith("arhead.nf.") for key in state):
+        raise CheckpointError(f"{path} has a normalising flow before its mixture head (use_nf); {_ONLY_GMM}")
+    group = args.get("feature_group", 1)
+    projection = state.get("arhead.input_proj.weight")
+    if projection is not None and projection.ndim == 2:
+        group = projection.shape[1]
+    if group != 1:
+        raise CheckpointError(f"{path} generates {group} features at a time (feature_group {group}); {_ONLY_GMM}")
+
+
+def heads_from_args(args: Mapping[str, Any] | None) -> tuple[int, str] | None:
+    """Inner heads as the saved args settle them, with the reason; None without args."""
+    if args is None:
+        return None
+    if "inner_ar_width" in args:
+        return LATER_INNER_HEADS, "its saved args have inner_ar_width, so a later public version wrote it"
+    return (
+        FIRST_VERSION_INNER_HEADS,
+        "its saved args lack inner_ar_width, so the first public version wrote it",
+    )
+
+
+def guess_heads(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[int, str]:
+    """Inner heads from (width, depth) alone, with the reason."""
+    if outer in _FIRST_VERSION_SIZES:
+        return (
+            FIRST_VERSION_INNER_HEADS,
+            f"only the first public version has an outer depth of {outer[1]} at width {outer[0]}",
+        )
+    if outer in _LATER_SIZES:
+        return (
+            LATER_INNER_HEADS,
+            f"only later public versions have an outer depth of {outer[1]} at width {outer[0]}",
+        )
+    if inner != (768, 1):
+        return LATER_INNER_HEADS, (
+            f"the first public version has inner width 768 and depth 1, this has {inner[0]} and {inner[1]}"
+        )
+    return (
+        FIRST_VERSION_INNER_HEADS,
+        "the weights fit the published base checkpoint, which the first public version wrote",
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What the weights' shapes of a masked model say, before it is known whether they make a config."""
+
+    length: int
+    num_classes: int
+    token_dim: int
+    widths: dict[str, int]  # of "encoder", "decoder", "inner"
+    depths: dict[str, int]
+    outer_rows: int  # of the first matrix of an outer block's MLP
+    inner_rows: int
+
+
+def infer_arinar(
+    path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any] | None, inner_heads: int | None
+) -> tuple[ArinarConfig, str, list[str]]:
+    """Config, how the inner heads were settled, and warnings for what was guessed."""
+    if "target_pos_embed_learned" in state:
+        raise CheckpointError(
+            f"{path} is a causal model without its config, and its shapes do not show the generation order: "
+            f"pass config=ArinarConfig(outer='causal', ...)"
+        )
+    saved = args or {}
+    shapes = _read_shapes(path, state)
+    patch = _integer(path, saved, "patch_size", 1)
+    heads = _outer_heads(path, saved, shapes.widths)
+    warned: list[str] = []
+    settled = (inner_heads, "given by the caller") if inner_heads is not None else heads_from_args(args)
+    if settled is None:
+        outer, inner = ((shapes.widths[stack], shapes.depths[stack]) for stack in ("encoder", "inner"))
+        settled = guess_heads(outer, inner)
+        warned.append(_warning_of_guess(path, *settled))
+    stride = _integer(path, saved, "vae_stride", 16)
+    config = _assemble(path, state, shapes, patch, stride, {**heads, "inner": settled[0]})
+    _refuse_disagreement(path, saved, config)
+    return config, settled[1], warned
+
+
+def _shape(path: Path, state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(f"{path} is not an ARINAR checkpoint: it has no {name} ({some(set(state))})")
+    if state[name].ndim != axes:
+        raise CheckpointError(f"{path}: {name} is {tuple(state[name].shape)}; expected {axes} axes")
+    return tuple(state[name].shape)
+
+
+def _read_shapes(path: Path, state: Mapping[str, Tensor]) -> _Shapes:
+    _, length, decoder_width = _shape(path, state, "diffusion_pos_embed_learned", 3)
+    num_classes, encoder_width = _shape(path, state, "class_emb.weight", 2)
+    token_dim = _shape(path, state, "z_proj.weight", 2)[1]
+    inner_width = _shape(path, state, "arhead.input_proj.weight", 2)[0]
+    stacks = {"encoder": "encoder_blocks.", "decoder": "decoder_blocks.", "inner": "arhead.blocks."}
+    return _Shapes(
+        length,
+        num_classes,
+        token_dim,
+        widths={"encoder": encoder_width, "decoder": decoder_width, "inner": inner_width},
+        depths={stack: _count(state, prefix) for stack, prefix in stacks.items()},
+        outer_rows=_shape(path, state, "encoder_blocks.0.mlp.fc1.weight", 2)[0],
+        inner_rows=_shape(path, state, "arhead.blocks.0.ffn.fc1.weight", 2)[0],
+    )
+
+
+def _outer_heads(path: Path, args: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, int]:
+    """Heads of encoder and decoder, as the args or the published widths settle them."""
+    heads = {}
+    for stack in ("encoder", "decoder"):
+        known = args.get(f"{stack}_num_heads", PUBLISHED_OUTER_HEADS.get(widths[stack]))
+        if not isinstance(known, int):
+            published = ", ".join(str(key) for key in PUBLISHED_OUTER_HEADS)
+            raise CheckpointError(
+                f"{path} has {stack} width {widths[stack]}, whose number of attention heads the weights do not show "
+                f"(known for the published widths {published}): pass "
+                f"config=ArinarConfig(encoder_heads=..., decoder_heads=..., ...)"
+            )
+        heads[stack] = known
+    return heads
+
+
+def _warning_of_guess(path: Path, inner_heads: int, reason: str) -> str:
+    return (
+        f"{path}: inner_heads={inner_heads} is a guess: the file has no training args, head counts leave no "
+        f"trace in weights, and {reason}. The wrong number spoils the images without any error: pass "
+        f"inner_heads={FIRST_VERSION_INNER_HEADS} (first public version, March 2025) or "
+        f"inner_heads={LATER_INNER_HEADS} (later versions), --inner-heads on the command line, to settle it"
+    )
+
+
+def _assemble(
+    path: Path, state: Mapping[str, Tensor], shapes: _Shapes, patch: int, stride: int, heads: Mapping[str, int]
+) -> ArinarConfig:
+    widths, depths = shapes.widths, shapes.depths
+    try:
+        return ArinarConfig(
+            img_size=math.isqrt(shapes.length) * stride * patch,
+            vae_stride=stride,
+            patch_size=patch,
+            vae_embed_dim=shapes.token_dim // patch**2,
+            num_classes=shapes.num_classes,
+            buffer_size=_shape(path, state, "encoder_pos_embed_learned", 3)[1] - shapes.length,
+            encoder_width=widths["encoder"],
+            encoder_depth=depths["encoder"],
+            encoder_heads=heads["encoder"],
+            decoder_width=widths["decoder"],
+            decoder_depth=depths["decoder"],
+            decoder_heads=heads["decoder"],
+            mlp_ratio=shapes.outer_rows / widths["encoder"],
+            inner_width=widths["inner"],
+            inner_depth=depths["inner"],
+            inner_heads=heads["inner"],
+            inner_mlp_ratio=shapes.inner_rows / widths["inner"],
+            num_gaussians=_shape(path, state, "arhead.head.weight", 2)[0] // 3,
+            default_num_iter=min(64, shapes.length),
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: its weights' shapes give no usable config ({error}): pass config=...") from None
+
+
+def _refuse_disagreement(path: Path, args: Mapping[str, Any], config: ArinarConfig) -> None:
+    entries = {
+        "img_size": config.img_size,
+        "vae_embed_dim": config.vae_embed_dim,
+        "class_num": config.num_classes,
+        "buffer_size": config.buffer_size,
+        "num_gaussians": config.num_gaussians,
+        "inner_ar_width": config.inner_width,
+        "inner_ar_depth": config.inner_depth,
+    }
+    wrong = [
+        f"{name} is {args[name]} in args, {got} in the weights" for name, got in entries.items() if args.get(name, got) != got
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: saved args and weights disagree ({'; '.join(wrong)}): pass config=... to decide")
+
+
+def _integer(path: Path, args: Mapping[str, Any], name: str, default: int) -> int:
+    value = args.get(name, default)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{path}: {name} is {value!r} in its saved args; expected a positive integer")
+    return value
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Blocks in a stack. Distinct numbers, not the highest + 1: a stray name must not ask for a million."""
+    return len({name[len(prefix) :].split(".", 1)[0] for name in state if name.startswith(prefix)})
+
+
+def warnings_of_given_config(path: Path, args: Mapping[str, Any] | None, config: ArinarConfig) -> list[str]:
+    """Where the args settle other inner heads than the caller's config has."""
+    by_args = heads_from_args(args)
+    if by_args is None or by_args[0] == config.inner_heads:
+        return []
+    return [
+        f"{path}: the given config has inner_heads={config.inner_heads}, but {by_args[1]}, which has "
+        f"{by_args[0]}. The weights fit both and compute different things: pass "
+        f"inner_heads={by_args[0]} unless you know better "
+        f"(inner_heads={config.inner_heads} confirms the config)"
+    ]
+
+
+def warnings_of_statistics(path: Path, args: Mapping[str, Any], config: ArinarConfig) -> list[str]:
+    """Later versions scale latents by 0.2325 only for a cache of that name, else by a file's mean and std."""
+    if "inner_ar_width" not in args or "cached_path" not in args or "mar_cache" in str(args["cached_path"]):
+        return []
+    return [
+        f"{path}: trained on latents normalised with their own statistics (latents_stats.pt), which "
+        f"the checkpoint does not hold; latent_scale {config.latent_scale} and latent_shift "
+        f"{config.latent_shift} are guesses: pass "
+        f"config=inspect_checkpoint(path).config.replace(latent_scale=1 / std, latent_shift=mean)"
+    ]
+
+
+def notes_from_args(args: Mapping[str, Any]) -> list[str]:
+    """What a user who knows the published code should hear about this file."""
+    notes = []
+    if "inner_ar_width" not in args:
+        notes.append(
+            "written by the first public version: its quoted temperatures divide the std, ours multiply "
+            "(1.1 there is 1/1.1 here)"
+        )
+    schedule = args.get("bilevel_schedule", "constant")
+    if schedule != "constant":
+        notes.append(f"its args ask for bilevel_schedule {schedule} in sampling; only constant is implemented")
+    return notes
+
+
+def infer_vae(path: Path, state: Mapping[str, Tensor]) -> VaeConfig:
+    """An autoencoder's config from its convolutions' shapes."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state or state[name].ndim != 4:
+            raise CheckpointError(f"{path} is not a complete KL autoencoder: it has no convolution {name}")
+        return tuple(state[name].shape)
+
+    channels, in_channels = shape("encoder.conv_in.weight")[:2]
+    levels = _count(state, "encoder.down.")
+    multipliers = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // channels for level in range(levels))
+
+    def attention(half: str) -> tuple[int, ...]:
+        return tuple(level for level in range(levels) if any(name.startswith(f"{half}.{level}.attn.") for name in state))
+
+    try:
+        return VaeConfig(
+            embed_dim=shape("post_quant_conv.weight")[1],
+            channels=channels,
+            channel_multipliers=multipliers,
+            num_res_blocks=_count(state, "encoder.down.0.block."),
+            in_channels=in_channels,
+            encoder_attention_levels=attention("encoder.down"),
+            decoder_attention_levels=attention("decoder.up"),
+            out_channels=shape("decoder.conv_out.weight")[0],
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its shapes give no usable config ({error}): pass config=VaeConfig(norm_groups=..., ...)"
+        ) from None
