@@ -32,8 +32,8 @@ class GmmHead(InnerAR):
         for position in range(self.config.token_dim):
             previous: Tensor | None = None if feature is None else feature.repeat(copies, 1)
             both, cache = self.step(z, previous, position, cache)
-            cond = Mixture(*(value.chunk(copies)[0] for value in both))
-            uncond = None if z_uncond is None else Mixture(*(value.chunk(copies)[1] for value in both))
+            cond = Mixture(*(_wide(value.chunk(copies)[0]) for value in both))
+            uncond = None if z_uncond is None else Mixture(*(_wide(value.chunk(copies)[1]) for value in both))
             value = draw_feature(cond, uncond, how, position) if forced is None else forced[:, position]
             feature = value[:, None]
             drawn.append(value)
@@ -63,8 +63,9 @@ def draw_feature(cond: Mixture, uncond: Mixture | None, how: Draw, position: int
 def draw_plain(mixture: Mixture, temperature: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
     """``count`` draws from each mixture (M, K) with component std * temperature (M,) -> (M,), or (count, M) for more."""
     weight, mu, logvar = mixture
-    pick = torch.multinomial(weight.float().cpu(), count, replacement=True, generator=generator).to(mu.device)
-    eps = torch.randn(pick.shape, generator=generator, dtype=mu.dtype).to(mu.device)
+    where = generator.device
+    pick = torch.multinomial(weight.float().to(where), count, replacement=True, generator=generator).to(mu.device)
+    eps = torch.randn(pick.shape, generator=generator, dtype=mu.dtype, device=where).to(mu.device)
     values = mu.gather(1, pick) + torch.exp(0.5 * logvar.gather(1, pick)) * temperature.to(mu)[:, None] * eps
     return values[:, 0] if count == 1 else values.T
 
@@ -85,8 +86,14 @@ def draw_guided(
     proposals = draw_plain(cond, temperature, generator, num_candidates)  # (N, M)
     ratio = log_density(proposals, cond) - log_density(proposals, uncond)
     probability = torch.softmax(ratio * (guidance_scale - 1).to(ratio), 0).T  # (M, N)
-    pick = torch.multinomial(probability.float().cpu(), 1, generator=generator).to(proposals.device)
+    where = generator.device
+    pick = torch.multinomial(probability.float().to(where), 1, generator=generator).to(proposals.device)
     return proposals.T.gather(1, pick)[:, 0]
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float32 at least (under autocast it comes in less)."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _stack(mixtures: list[Mixture]) -> Mixture:

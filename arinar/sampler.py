@@ -57,6 +57,7 @@ def sample(
     temperature: float | Sequence[float] = 1.0,
     num_iter: int | None = None,
     seed: int | None = None,
+    generator: torch.Generator | None = None,
     noise: NoiseLike | None = None,
     order: Tensor | None = None,
     forced: Tensor | None = None,
@@ -72,7 +73,8 @@ def sample(
     guidance_scale : >= 1, one for all or one per label; exactly 1 for all runs no unconditional branch.
     temperature : > 0, one for all or one per label; multiplies the component std of the proposals.
     num_iter : outer steps, 1..L; None means the config's default. A causal model always takes L.
-    seed : without ``noise``, draws are the published code's (1000 normal proposals per guided feature).
+    seed : without ``noise``, draws are the published code's (1000 normal proposals per guided feature), made on the CPU.
+    generator : takes the seed's place; draws are made on its device.
     noise : every random number, explicitly; draws then follow the deployed sampler (same law, a few uniforms per
         feature), so that a deployed pipeline given the same noise must produce the same tokens.
     order : (B, L) int64, of a masked model without ``noise``: the generation order, from its end to its start.
@@ -101,11 +103,12 @@ def sample(
         )
     plan = steps(length, num_iter)
     check_cfg_schedule(cfg_schedule)
-    generator = torch.Generator(device="cpu")
-    if seed is not None:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
+    if generator is None:
+        generator = torch.Generator(device="cpu")
+        if seed is not None:
+            generator.manual_seed(seed)
+        else:
+            generator.seed()
 
     guided = bool((scales != 1.0).any())
     both_labels = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
@@ -116,7 +119,7 @@ def sample(
     elif noise is not None:
         order = torch.as_tensor(noise.order, device=device)
     elif order is None:
-        order = torch.rand(batch, length, generator=generator).argsort(1).to(device)
+        order = torch.rand(batch, length, generator=generator, device=generator.device).argsort(1).to(device)
 
     tokens = torch.zeros(batch, length, config.token_dim, dtype=dtype, device=device)
     rows = torch.arange(batch, device=device)[:, None]

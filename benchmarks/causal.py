@@ -9,9 +9,9 @@ width and the same number of blocks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,25 @@ import click
 import numpy as np
 
 from arinar.measure.bench import gemm_peak, peak_memory
-from arinar.runtime import Noise, Pipeline
+from arinar.runtime import Pipeline
 from arinar.runtime.machine import machine
-from arinar.schedule import steps
 
 
 def token_times(pipeline: Pipeline, batch: int, num_iter: int, guidance_scale: float, seed: int) -> list[dict[str, float]]:
     """Seconds of the outer and the inner phase of every outer step of one generation."""
-    config, loop = pipeline.config, pipeline.loop
-    guided = guidance_scale != 1.0
-    loop.prepare(guided)
-    plan = steps(config.seq_len, num_iter, guidance_scale)
-    state = loop.state(batch, 2 if guided else 1, plan)
-    loop.fill(state, np.arange(batch) % config.num_classes, Noise.from_seed(seed, range(batch), config), plan, 1.0)
-    times = []
-    for step in plan:
-        start = time.perf_counter()
-        z = loop.outer(state, step)
-        middle = time.perf_counter()
-        loop.draw(state, step, z)
-        times.append({"outer": middle - start, "inner": time.perf_counter() - middle})
+    labels = np.arange(batch) % pipeline.config.num_classes
+    asked = pipeline.resolve(
+        labels, guidance_scale=guidance_scale, temperature=1.0, num_iter=num_iter, seed=seed, cfg_schedule="linear"
+    )
+    one = asked.batch()
+    pipeline.loop.prepare(one.guided)
+    seconds: dict[str, float] = {}
+    times: list[dict[str, float]] = []
+    with contextlib.closing(pipeline.loop.walk(one, seconds)) as walk:
+        for _ in one.plan:
+            before = dict(seconds)
+            next(walk)
+            times.append({phase: seconds[phase] - before.get(phase, 0.0) for phase in ("outer", "inner")})
     return times
 
 

@@ -135,26 +135,13 @@ def models(name: str) -> tuple[Any, Any]:
 
 
 def export(name: str, precision: str, out: Path) -> None:
-    """In a child process: write a bundle. Prints the checks of sampling graphs that random weights make too steep."""
-    from arinar.export import bundle
-    from arinar.export.trace import ExportError
+    """In a child process: write a bundle."""
+    from arinar.export.bundle import export_bundle
 
-    exporter: Any = bundle  # what it imports is replaced below
+    def say(line: str) -> None:
+        print(line, flush=True)
 
-    validate = exporter.validate_graph
-
-    def lenient(path: Path, spec: Any, *args: Any, **kwargs: Any) -> float:
-        try:
-            return validate(path, spec, *args, **kwargs)
-        except ExportError as error:
-            if name.startswith("digits") or not spec.name.startswith(("mixture_sample", "inner_token")):
-                raise
-            print(f"NOTE {error}", flush=True)
-            return float("nan")
-
-    # Draws from the mixtures of an untrained model may jump at a rounding error; parity shows how often.
-    exporter.validate_graph = lenient
-    exporter.export_bundle(*models(name), out, precision=precision, progress=lambda line: print(line, flush=True))
+    export_bundle(*models(name), out, precision=precision, untrained=not name.startswith("digits"), progress=say)
 
 
 class Exports:
@@ -371,43 +358,17 @@ class Reference:
 
         torch, config = self.torch, self.model.config
         autocast = torch.autocast("cuda", torch.float16) if self.device == "cuda" else contextlib.nullcontext()
-        with torch.no_grad(), autocast, device_draws(self.device):
-            tokens = sample(self.model, torch.tensor(list(labels)), guidance_scale=guidance_scale, num_iter=num_iter, seed=seed)
+        # Random numbers are drawn on the GPU, as the published code does.
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.no_grad(), autocast:
+            tokens = sample(
+                self.model,
+                torch.tensor(list(labels)),
+                guidance_scale=guidance_scale,
+                num_iter=num_iter,
+                generator=generator,
+            )
             return np.concatenate([decode_images(self.vae, part, config).numpy() for part in tokens.float().split(4)])
-
-
-@contextlib.contextmanager
-def device_draws(device: str) -> Iterator[None]:
-    """Draw the reference's random numbers on the GPU, as the published code does, not on the CPU (for the seed's sake)."""
-    import torch
-
-    from arinar import sampler as module
-
-    sampler: Any = module
-    if device == "cpu":
-        yield
-        return
-    plain, guided = sampler.draw_plain, sampler.draw_guided
-
-    def draw_plain(mixture: Any, temperature: float, generator: Any, count: int = 1) -> Any:
-        weight, mu, logvar = (value.float() for value in mixture)
-        pick = torch.multinomial(weight, count, replacement=True)
-        std = torch.exp(0.5 * logvar.gather(1, pick)) * temperature
-        values = mu.gather(1, pick) + std * torch.randn_like(std)
-        return values[:, 0] if count == 1 else values.T
-
-    def draw_guided(cond: Any, uncond: Any, guidance_scale: float, temperature: float, generator: Any) -> Any:
-        cond, uncond = (type(cond)(*(value.float() for value in mixture)) for mixture in (cond, uncond))
-        proposals = draw_plain(cond, temperature, generator, sampler.NUM_CANDIDATES)
-        ratio = sampler.log_density(proposals, cond) - sampler.log_density(proposals, uncond)
-        probability = torch.softmax(ratio * (guidance_scale - 1), 0).T
-        return proposals.T.gather(1, torch.multinomial(probability, 1))[:, 0]
-
-    sampler.draw_plain, sampler.draw_guided = draw_plain, draw_guided
-    try:
-        yield
-    finally:
-        sampler.draw_plain, sampler.draw_guided = plain, guided
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -456,7 +417,8 @@ def race(
         row["guidance_scale"] = scale
         try:
             # Warm-up: kernels are loaded and memory is taken; CUDA graphs are captured in the second run.
-            graphs = getattr(getattr(pipelines.get(contender), "backend", None), "cuda_graphs", False)
+            pipeline = pipelines.get(contender)
+            graphs = pipeline is not None and pipeline.backend.describe().get("cuda_graphs", False)
             row["warm_up_s"] = [round(timed(functools.partial(run, 0)), 4) for _ in range(2 if graphs else 1)]
             held[contender] = held.get(contender, 0) + max(0, used_memory() - memory)
             row["memory_gib"] = round(held[contender] / 2**30, 2)

@@ -13,6 +13,7 @@ batch of images that the runtime has not seen: nothing is kept from the image be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -28,10 +29,11 @@ from arinar.files import check_writable, write_text
 from arinar.measure.cost import image_cost
 from arinar.measure.peaks import onnxruntime_peak
 from arinar.model import Arinar, decode_images, random_models
-from arinar.runtime import Noise, Pipeline
+from arinar.runtime import Pipeline
+from arinar.runtime.loop import Loop
 from arinar.runtime.machine import machine, usable_cores
+from arinar.runtime.state import State
 from arinar.sampler import StepRecord, sample
-from arinar.schedule import steps
 from arinar.vae import AutoencoderKL
 
 DECODE_REPEATS = 3
@@ -60,16 +62,18 @@ def compare(
     The answer has ``reference`` (seconds by phase) and, per pipeline, ``seconds`` by phase and the steps' ``ratios``.
     """
     config = model.config
-    guided = guidance_scale != 1.0
     labels = np.arange(batch) % config.num_classes
-    noise = Noise.from_seed(seed, range(batch), config)
-    plan = steps(config.seq_len, num_iter, guidance_scale)
-    states = {}
+    stack = contextlib.ExitStack()
+    contenders: dict[str, tuple[Loop, State]] = {}
+    first: dict[str, float] = {}
     for name, pipeline in pipelines.items():
-        pipeline.loop.prepare(guided, batch)
-        pipeline.loop.forget_first_step()
-        states[name] = pipeline.loop.state(batch, 2 if guided else 1, plan)
-        pipeline.loop.fill(states[name], labels, noise, plan, 1.0)
+        one = pipeline.resolve(labels, guidance_scale=guidance_scale, temperature=1.0, num_iter=num_iter, seed=seed).batch()
+        # A loop of its own has kept no first step: every image is the first of its class.
+        loop = Loop(pipeline.backend, pipeline.bundle.manifest.precision_graphs(pipeline.precision), config)
+        loop.prepare(one.guided, batch)
+        state, seconds = stack.enter_context(loop.state(one)), dict[str, float]()
+        loop.fill(state, one, seconds)
+        contenders[name], first[name] = (loop, state), seconds.get("outer", 0.0)
     reference: list[float] = []
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
     last = 0.0
@@ -80,12 +84,12 @@ def compare(
         step = record.step
         drawn = record.features.reshape(batch, step.count, -1).transpose(0, 1).numpy()
         for name, pipeline in pipelines.items():
-            loop, state = pipeline.loop, states[name]
+            loop, state = contenders[name]
             start = time.perf_counter()
-            z = loop.outer(state, step)
+            z = loop.outer.step(state, step)
             middle = time.perf_counter()
-            loop.draw(state, step, z)
-            taken[name].append((middle - start, time.perf_counter() - middle))
+            loop.head.draw(state, step, z)
+            taken[name].append((first.pop(name, 0.0) + middle - start, time.perf_counter() - middle))
             pipeline.backend.write(state.tokens[step.remaining : step.masked], drawn)
         last = time.perf_counter()
 
@@ -97,17 +101,18 @@ def compare(
         num_iter=num_iter,
         seed=seed,
         record=follow,
-        order=torch.from_numpy(noise.order),
+        order=torch.from_numpy(one.noise.order),
     )
     decode: dict[str, list[float]] = {name: [] for name in ("reference", *pipelines)}
     for _ in range(DECODE_REPEATS):
         start = time.perf_counter()
         decode_images(vae, tokens, config)
         decode["reference"].append(time.perf_counter() - start)
-        for name, pipeline in pipelines.items():
+        for name in pipelines:
             start = time.perf_counter()
-            pipeline.loop.decode(states[name])
+            contenders[name][0].decode(contenders[name][1])
             decode[name].append(time.perf_counter() - start)
+    stack.close()
     found: dict[str, Any] = {"reference": {"steps": sum(reference), "vae": statistics.median(decode["reference"])}}
     for name, pairs in taken.items():
         outer, inner = (sum(values) for values in zip(*pairs, strict=True))

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from arinar.calibration.collect import Recording, collect_random
+from arinar.calibration.collect import collect_random
 from arinar.calibration.precision import DEFAULT_BUDGET_KL, Evaluator, calibrate, layer_plan
+from arinar.calibration.recording import Recording
 from arinar.checkpoint import load_arinar, load_vae
 from arinar.config import PRESETS
 from arinar.demo import DEMO_MODELS

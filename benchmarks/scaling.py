@@ -35,7 +35,6 @@ from arinar.files import check_writable, write_text
 from arinar.measure.bench import fresh_environment, fresh_process
 from arinar.runtime import Pipeline
 from arinar.runtime.machine import machine, usable_cores
-from arinar.runtime.pipeline import check_num_iter
 
 BACKEND = "onnxruntime-cpu"
 STATM = Path("/proc/self/statm")
@@ -52,7 +51,7 @@ class Setup:
         self.pipeline = Pipeline.load(bundle, backend=BACKEND, precision=precision)
         self.bundle, self.precision = bundle, self.pipeline.precision
         defaults = self.pipeline.bundle.manifest.defaults
-        self.num_iter = check_num_iter(num_iter, defaults.num_iter, self.pipeline.config)
+        self.num_iter = self.pipeline.resolve([0], num_iter=num_iter).num_iter
         self.guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
 
     def open(self, threads: int) -> Pipeline:

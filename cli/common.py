@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,11 +85,6 @@ SAMPLING = Options(
 )
 
 
-def _no_cuda_graphs(ctx: click.Context, param: click.Parameter, off: bool) -> None:
-    if off:
-        os.environ["ARINAR_CUDA_GRAPHS"] = "0"  # what the GPU backends read where the caller does not say
-
-
 RUNTIME = Options(
     click.option(
         "--backend", help="Execution backend: onnxruntime-cpu, onnxruntime-cuda, tensorrt. [default: the best available]"
@@ -105,8 +99,6 @@ RUNTIME = Options(
     click.option(
         "--no-cuda-graphs",
         is_flag=True,
-        expose_value=False,
-        callback=_no_cuda_graphs,
         help="Launch every step anew on a GPU, instead of replaying a recording; slower, less memory.",
     ),
 )
@@ -139,13 +131,21 @@ def inspected(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int |
     return provenance(checkpoint, vae, info)
 
 
-def open_pipeline(bundle: Path, backend: str | None, precision: str | None, threads: int | None, low_memory: bool) -> Pipeline:
+def open_pipeline(
+    bundle: Path,
+    backend: str | None,
+    precision: str | None,
+    threads: int | None,
+    low_memory: bool,
+    no_cuda_graphs: bool,
+) -> Pipeline:
     """Load a bundle. Options as RUNTIME gives them."""
     from arinar.runtime import Pipeline
 
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    if low_memory:
-        options["low_memory"] = True
+    # What is not asked for is the backend's own affair: it may not have the option.
+    options = without_none({"threads": threads, "low_memory": low_memory or None})
+    if no_cuda_graphs:
+        options["cuda_graphs"] = False
     return Pipeline.load(bundle, backend=backend, precision=precision, **options)
 
 

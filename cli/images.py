@@ -156,7 +156,7 @@ def generate(
     kept = len(wanted) - len(work.missing)
     if kept:
         say(f"{kept} of {len(wanted)} images are already in {out}")
-    with tqdm(total=len(work.missing) * work.num_iter, unit="step", disable=not work.missing) as bar:
+    with tqdm(total=len(work.missing) * work.sampling.num_iter, unit="step", disable=not work.missing) as bar:
         timings = work.run(lambda steps: bar.update(steps) and None)
     if grid:
         columns = per_label if per_label > 1 else None

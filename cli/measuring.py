@@ -94,7 +94,7 @@ def parity(
     num_iter = options["num_iter"]
     if pipeline.config.outer == "causal" and num_iter not in (None, pipeline.config.seq_len):
         raise ValueError(f"num_iter is {num_iter}; a causal model generates one token a step: leave --num-iter out")
-    thresholds = parse_thresholds(limits, pipeline.precision)
+    thresholds = parse_thresholds(limits, pipeline.bundle.manifest.scheme(pipeline.precision))
     model, autoencoder = load_models(checkpoint, vae, **CHECKPOINT.of(options))
     report = run_parity(
         pipeline,

@@ -72,7 +72,7 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
     \b
     Example:  arinar init --preset base -o base.safetensors --vae-out kl16.safetensors
     """
-    from arinar.config import PRESETS, VAE_PRESETS
+    from arinar.config import PRESETS
 
     if list_presets:
         for name, config in PRESETS.items():
@@ -82,19 +82,15 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
         raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
     if out is None and vae_out is None:
         raise click.UsageError("-o is missing: where should the checkpoint go?")
-    import torch
-
     from arinar.checkpoint import save_arinar, save_vae
-    from arinar.model import Arinar, initialize
-    from arinar.vae import AutoencoderKL
+    from arinar.model import random_model, random_vae
 
     note = {"weights": f"random, seed {seed}"}
     if out is not None:
-        model = initialize(Arinar(PRESETS[preset]), seed)
+        model = random_model(preset, seed)
         save_arinar(out, model, metadata=note)
         click.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if vae_out is not None:
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(VAE_PRESETS["digits" if preset.startswith("digits") else "kl16"])
+        vae = random_vae(preset, seed)
         save_vae(vae_out, vae, metadata=note)
         click.echo(f"{vae_out}: {sum(p.numel() for p in vae.parameters()):,} parameters")

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from arinar.config import VaeConfig
+from arinar.runtime.backends.products import INTEGER_SCHEMES
 from arinar.runtime.machine import machine
-from arinar.runtime.pipeline import Pipeline, check_num_iter, check_number
+from arinar.runtime.pipeline import Pipeline
+from arinar.runtime.request import check_number
 
 from .cost import WEIGHT_BYTES, Cost, image_cost
 from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
@@ -46,14 +47,14 @@ def bench(
     """
     say = progress or (lambda line: None)
     config, manifest = pipeline.config, pipeline.bundle.manifest
-    default = manifest.defaults.guidance_scale
-    scale = check_number("guidance_scale", default if guidance_scale is None else guidance_scale, 1.0)
-    iters = [check_num_iter(n, manifest.defaults.num_iter, config) for n in (num_iters or (None,))]
+    asked = [pipeline.resolve([0], guidance_scale=guidance_scale, num_iter=n) for n in (num_iters or (None,))]
+    scale, iters = float(asked[0].guidance_scale[0]), [sampling.num_iter for sampling in asked]
     for batch in batches:
         check_number("batch", batch, 1)
     settings = list(dict.fromkeys((batch, num_iter) for batch in batches for num_iter in iters))
     say("cold start in a fresh process")
-    low_memory: bool = getattr(pipeline.backend, "low_memory", False)  # an option of the CPU's backend alone
+    told = pipeline.backend.describe()
+    low_memory, threads = bool(told.get("low_memory")), told.get("threads")  # a GPU's backend has neither
     options = {"low_memory": True} if low_memory else {}
     cold = cold_start(pipeline.bundle.folder, pipeline.precision, pipeline.backend.name, **options)
     runs: dict[tuple[int, int], list[dict[str, float]]] = {setting: [] for setting in settings}
@@ -65,16 +66,15 @@ def bench(
                 runs[batch, num_iter].append({name: seconds / batch for name, seconds in made.timings.items()})
             say(f"batch {batch}, {num_iter} steps: {made.timings['total'] / batch:.3g} s per image")
     memory = peak_memory()  # before the peaks are measured, which takes memory too
-    threads: int | None = getattr(pipeline.backend, "threads", None)  # a GPU's backend has none
+    scheme = manifest.scheme(pipeline.precision)
     peaks: dict[str, float] = {}
     if pipeline.backend.name == CPU_BACKEND:
         say("what the machine can do: matrix products, copying memory")
-        peaks = machine_peaks(pipeline.precision, threads)
-    vae = manifest.provenance.get("vae_config")
+        peaks = machine_peaks(scheme, threads)
     results = []
     for (batch, num_iter), times in runs.items():
-        cost = image_cost(config, num_iter, guided=scale != 1.0, vae=VaeConfig.from_dict(vae) if vae else None)
-        result = {"batch": batch, "num_iter": num_iter} | spread(times) | floors(cost, batch, pipeline.precision, peaks)
+        cost = image_cost(config, num_iter, guided=scale != 1.0, vae=manifest.vae)
+        result = {"batch": batch, "num_iter": num_iter} | spread(times) | floors(cost, batch, scheme, peaks)
         if peaks:
             result["share_of_gemm_peak"] = result["floor_s_per_image"] / result["s_per_image"]
         results.append(result)
@@ -108,21 +108,21 @@ def spread(times: Sequence[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def machine_peaks(precision: str, threads: int | None) -> dict[str, float]:
-    """The measured limits of this machine that matter for a precision."""
+def machine_peaks(scheme: str, threads: int | None) -> dict[str, float]:
+    """The measured limits of this machine that matter for a scheme."""
     peaks = {
         "gemm_peak_gflops": onnxruntime_peak("float32", threads) / 1e9,
         "copy_gb_per_s": copy_bandwidth(threads) / 1e9,
     }
-    if precision.startswith("int8"):
+    if scheme in INTEGER_SCHEMES:
         peaks["int8_peak_gops"] = onnxruntime_peak("int8", threads) / 1e9
     return peaks
 
 
-def floors(cost: Cost, batch: int, precision: str, peaks: dict[str, float]) -> dict[str, float]:
+def floors(cost: Cost, batch: int, scheme: str, peaks: dict[str, float]) -> dict[str, float]:
     """What an image takes at least, in operations, in bytes and, where the machine's limits are known, in seconds."""
     # The VAE of an fp16 variant may be in either precision, that of the others is in float32.
-    size = cost.weight_bytes(WEIGHT_BYTES.get(precision, 4), batch=batch, vae_bytes=2 if precision == "fp16" else 4)
+    size = cost.weight_bytes(WEIGHT_BYTES[scheme], batch=batch, vae_bytes=2 if scheme == "fp16" else 4)
     found = {"tera_operations_per_image": cost.total / 1e12, "weight_gb_per_image": size / 1e9}
     if peaks:
         linear = peaks.get("int8_peak_gops", peaks["gemm_peak_gflops"])

@@ -18,7 +18,6 @@ Array = npt.NDArray[Any]
 
 #: The levels, in the order in which they are run.
 LEVELS = ("graph", "teacher-forced", "free-running", "distribution")
-PARAMETERS = ("weight", "mu", "logvar")
 # A feature of a token parts where it differs by more than this share of the largest value of all tokens (at least 1).
 PARTED = 1e-3
 
@@ -73,7 +72,7 @@ QUANTIZED = Thresholds(
     paired_ratio=math.inf,
 )
 
-#: By precision. fp32 is the blueprint's; the others are what was measured on the demo models, with room.
+#: By scheme. fp32 is the blueprint's; the others are what was measured on the demo models, with room.
 THRESHOLDS = {
     "fp32": Thresholds(),
     # Measured in ONNX Runtime on the CPU: graph 7e-4, z 5.3e-4, mixture 1.8e-3, kl 8.8e-5 (draws stay in float32). The
@@ -101,15 +100,10 @@ THRESHOLDS = {
 }
 
 
-def default_thresholds(precision: str) -> Thresholds:
-    """Those of ``THRESHOLDS``; fp32's where the name is not one of them (a variant of one's own)."""
-    return THRESHOLDS.get(precision, Thresholds())
-
-
-def parse_thresholds(given: Sequence[str], precision: str) -> Thresholds:
-    """The limits of a precision with some overridden: ["z=1e-3", ...]. Raises ValueError for an unknown name, or what
+def parse_thresholds(given: Sequence[str], scheme: str) -> Thresholds:
+    """The limits of a scheme with some overridden: ["z=1e-3", ...]. Raises ValueError for an unknown name, or what
     is not a number of at least 0."""
-    base = default_thresholds(precision)
+    base = THRESHOLDS[scheme]
     changes: dict[str, float] = {}
     for item in given:
         name, _, value = item.partition("=")
@@ -154,11 +148,14 @@ class ParityReport:
     precision: str
     backend: str
     settings: dict[str, Any]
+    scheme: str = "fp32"
+    # Names of the law's parts, and what each is.
+    parts: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
-    # "z", "weight", "mu", "logvar", "kl": largest; "z mean", ...: mean.
+    # "z", the parts of the law, "kl": largest; "z mean", ...: mean.
     curves: dict[str, list[float]] = field(default_factory=dict)
     images: dict[str, Array] = field(default_factory=dict)
-    # (step, feature) tables: largest and mean error of each mixture parameter ("mu", "mu mean"), mean divergence ("kl").
+    # (step, feature) tables: largest and mean error of each part of the law ("mu", "mu mean"), mean divergence ("kl").
     tables: dict[str, list[list[float]]] = field(default_factory=dict)
     # Name -> counts per bin.
     histograms: dict[str, list[int]] = field(default_factory=dict)
@@ -186,7 +183,7 @@ class ParityReport:
         """Limits that are not the precision's own: name -> default, what it was set to."""
         if self.thresholds is None:
             return {}
-        usual, now = asdict(default_thresholds(self.precision)), asdict(self.thresholds)
+        usual, now = asdict(THRESHOLDS[self.scheme]), asdict(self.thresholds)
         return {name: (usual[name], value) for name, value in now.items() if value != usual[name]}
 
     @property

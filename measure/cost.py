@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.schedule import Step, steps
 
-#: Precision of a variant -> bytes of a transformer weight. What 8-bit variants leave in float32 is not known here: the
+#: Scheme of a variant -> bytes of a transformer weight. What 8-bit variants leave in float32 is not known here: the
 #: bytes are the least possible.
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int8-static": 1, "fp8": 1}
 
@@ -62,7 +62,7 @@ def image_cost(config: ArinarConfig, num_iter: int, *, guided: bool, vae: VaeCon
     """Cost of one image. Causal models ignore ``num_iter``; without ``vae`` its cost is 0."""
     branches = 2 if guided else 1
     causal = config.outer == "causal"
-    plan = steps(config.seq_len, config.seq_len if causal else num_iter, 1.0)
+    plan = steps(config.seq_len, config.seq_len if causal else num_iter)
     linear, attention = _causal(config, branches) if causal else _masked(config, plan, branches)
     inner_linear, inner_attention = (branches * config.seq_len * part for part in _inner_token(config))
     side = config.grid_size * config.patch_size

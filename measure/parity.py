@@ -38,7 +38,7 @@ from arinar.runtime.request import Batch
 from arinar.sampler import StepRecord, sample
 from arinar.vae import AutoencoderKL
 
-from .checks import PARTED, THRESHOLDS, Check, ParityReport, Thresholds, default_thresholds
+from .checks import PARTED, THRESHOLDS, Check, ParityReport, Thresholds
 from .distances import MAX_PSNR, psnr
 from .distribution import Distribution, check_samples, compare, make_references
 from .features import Features, open_measure
@@ -98,7 +98,8 @@ def run_parity(
             f"compare with the checkpoint that the bundle was exported from"
         )
     check_match(config, vae)
-    thresholds = thresholds or default_thresholds(pipeline.precision)
+    scheme = pipeline.bundle.manifest.scheme(pipeline.precision)
+    thresholds = thresholds or THRESHOLDS[scheme]
     sampling = pipeline.resolve(
         list(labels),
         guidance_scale=guidance_scale,
@@ -113,7 +114,10 @@ def run_parity(
     if distribution:
         check_samples(distribution)
         measure = open_measure(features, fid_stats, config)
-    report = ParityReport(pipeline.precision, pipeline.backend.name, settings, thresholds=thresholds)
+    titles = law_of(config).titles
+    report = ParityReport(
+        pipeline.precision, pipeline.backend.name, settings, scheme=scheme, parts=titles, thresholds=thresholds
+    )
     report.provenance = provenance(pipeline, model, vae, reference)
     if report.provenance["exported from these weights"] == "no":
         report.notes.append("the bundle was exported from other weights than those it is compared with here")
@@ -233,7 +237,7 @@ def _per_graph(
     """``batch`` images, ``rows`` drawn tokens at most: no more than the levels that follow, so that engines fit."""
     manifest = pipeline.bundle.manifest
     graphs = manifest.precision_graphs(pipeline.precision)
-    shared = {} if pipeline.precision == "fp32" else manifest.graphs.get("fp32", {})
+    shared = {} if report.scheme == "fp32" else manifest.graphs.get("fp32", {})
     head = HEADS[model.config.head]
     specs = graph_specs(model, vae, manifest.law, graphs["outer_step"].opset)
     specs |= {name: head.composed_spec(name, model.config) for name in head.COMPOSED}

@@ -6,6 +6,7 @@ A head is: condition once, then draws one after another until the token is whole
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from arinar.config import ArinarConfig

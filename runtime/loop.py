@@ -98,9 +98,9 @@ class Loop:
         Raises FloatingPointError naming the graph whose output was not finite.
         """
         seconds = {} if seconds is None else seconds
-        with self._state(batch) as state:
+        with self.state(batch) as state:
             began = time.perf_counter()
-            self._fill(state, batch, seconds)
+            self.fill(state, batch, seconds)
             behind = None
             for step in batch.plan:
                 self._step(state, step, seconds)
@@ -125,8 +125,8 @@ class Loop:
     def forced(self, batch: Batch, tokens: Array) -> Iterator[tuple[Step, Array]]:
         """The outer steps along given tokens (B, L, D), raster order, instead of drawn ones -> z (G * P, B, C) of each."""
         ordered = np.take_along_axis(tokens, batch.noise.order[:, :, None], 1).swapaxes(0, 1)  # (L, B, D)
-        with self._state(batch) as state:
-            self._fill(state, batch, {})
+        with self.state(batch) as state:
+            self.fill(state, batch, {})
             for step in batch.plan:
                 z = self.backend.download(self.outer.step(state, step)).copy()
                 yield step, z.reshape(-1, state.batch, self.config.z_width)
@@ -150,7 +150,7 @@ class Loop:
             rows = slice(first, min(first + chunk, state.batch))
             self.backend.launch("vae_decoder", {"latents": state.latents[rows]}, {"images": state.images[rows]})
 
-    def _fill(self, state: State, batch: Batch, seconds: Seconds) -> None:
+    def fill(self, state: State, batch: Batch, seconds: Seconds) -> None:
         """Upload what a micro-batch needs; nothing more goes up until it is finished."""
         write, length = self.backend.write, self.config.seq_len
         write(state.order, batch.noise.order.T)
@@ -173,7 +173,7 @@ class Loop:
         self.backend.execute(state.owner, (step.index == 0, step.masked, step.remaining), launches)
 
     @contextmanager
-    def _state(self, batch: Batch) -> Iterator[State]:
+    def state(self, batch: Batch) -> Iterator[State]:
         """Buffers that nobody else uses meanwhile: kept ones of this shape, or new ones."""
         # Rounded up, so that plans of about as many steps share them.
         most = max(step.count for step in batch.plan)
