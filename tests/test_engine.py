@@ -78,10 +78,12 @@ class IBuilderConfig:
     def clear_flag(self, flag): self.log.append("not " + flag.name)
     def set_memory_pool_limit(self, pool, size): self.log.append(f"workspace {size}")
     def add_optimization_profile(self, profile): self.log.append(str(profile.shapes)); return 0
-    def create_timing_cache(self, data): return data
-    def set_timing_cache(self, cache, ignore_mismatch): return cache in (b"", b"timings")
-    def get_timing_cache(self): return self
-    def serialize(self): return b"timings"
+    def create_timing_cache(self, data): return TimingCache(data)
+    def set_timing_cache(self, cache, ignore_mismatch): return cache.data in (b"", b"timings")
+    def get_timing_cache(self): return TimingCache(b"timings")
+class TimingCache:
+    def __init__(self, data): self.data = data
+    def serialize(self): return self.data
 class Profile:
     def __init__(self): self.shapes = {}
     def set_shape(self, name, low, usual, high): self.shapes[name] = (low, usual, high)
