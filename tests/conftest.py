@@ -88,8 +88,12 @@ def causal_bundle(demo_bundle: Callable[[str], Path]) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("ARINAR_SLOW") != "1":
-        skip = pytest.mark.skip(reason="full-size models; set ARINAR_SLOW=1")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+    reasons = {
+        "slow": ("ARINAR_SLOW", "full-size models"),
+        "wheel": ("ARINAR_WHEEL", "installs packages from an index"),
+    }
+    for marker, (variable, reason) in reasons.items():
+        if os.environ.get(variable) != "1":
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{reason}; set {variable}=1"))
