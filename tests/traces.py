@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import pickle
 import shutil
@@ -64,6 +65,8 @@ def kept_traces(folder: Path) -> Iterator[Callable[..., Any]]:
     """Within, `torch.onnx.export` keeps traces in ``folder``, which the worker processes share; gives the real one."""
     trace = torch.onnx.export
     folder.mkdir(exist_ok=True)
+    # PyTorch's record of a trace, which nobody reads: pytest would render and keep every line of it.
+    logging.getLogger("torch.__trace").propagate = False
 
     def export(module: torch.nn.Module, args: tuple[Any, ...], *others: Any, **options: Any) -> Any:
         key = None if others else fingerprint(module, args, options)
