@@ -17,7 +17,7 @@ from PIL import Image
 from arinar.files import write_text
 
 from .charts import COLORS, bar_plot, escaped, heat_map, line_plot, page
-from .checks import LEVELS, PARAMETERS, PARTED, Check, ParityReport, Thresholds
+from .checks import LEVELS, PARTED, Check, ParityReport, Thresholds
 from .distances import MAX_PSNR, psnr
 
 Array = npt.NDArray[Any]
@@ -40,15 +40,8 @@ TITLES = {
         "distance between two PyTorch runs with different seeds (the yardstick): a right model is at about 1.",
     ),
 }
-NAMES = {
-    "z": "condition vector z",
-    "weight": "component weight",
-    "mu": "component mean (mu)",
-    "logvar": "component log variance",
-}
 # Names of checks in full; others are shown as they are.
 CHECKS = {
-    **{name: f"{text}: largest error" for name, text in NAMES.items()},
     "kl": "KL divergence: worst mixture",
     "mean kl": "KL divergence: mean of all mixtures",
     "absolute error": "largest absolute error",
@@ -64,7 +57,6 @@ SHARES = {
     "tokens that agree",
     "classifier agreement lost",
 }
-COLOR_OF = dict(zip(("z", *PARAMETERS), COLORS, strict=False))
 # Images per row block, and how much the difference is amplified.
 SHOWN, AMPLIFY = 10, 8
 
@@ -104,7 +96,7 @@ def render(report: ParityReport, title: str | None = None) -> str:
             asked = level != "distribution" or any(note.startswith("level 4") for note in report.notes)
             parts.append(f"<p>Not run{'' if asked else ' (<code>arinar parity --distribution N</code> runs it)'}.</p>")
             continue
-        parts.append(f"<p>{escaped(why)}</p>{_checks(checks)}")
+        parts.append(f"<p>{escaped(why)}</p>{_checks(checks, report)}")
         if level == "teacher-forced":
             parts.append(_teacher_forced_plots(report))
         if level == "free-running":
@@ -157,14 +149,20 @@ def _limit(check: Check) -> str:
     return "" if check.limit is None else f"{'at least' if check.at_least else 'at most'} {_number(check, check.limit)}"
 
 
-def _checks(checks: Sequence[Check]) -> str:
+def _names(report: ParityReport) -> dict[str, str]:
+    """What level 2 compares: z and the parts of the head's law, each by what it is."""
+    return {"z": "condition vector z", **report.parts}
+
+
+def _checks(checks: Sequence[Check], report: ParityReport) -> str:
+    names = CHECKS | {name: f"{text}: largest error" for name, text in _names(report).items()}
     rows = []
     for check in checks:
         word = "<span class='ok'>ok</span>" if check.passed else "<span class='bad'>FAIL</span>"
         word = "" if check.limit is None else word
         row = "<tr>" if check.passed else "<tr class='failed'>"
         rows.append(
-            f"{row}<td>{escaped(CHECKS.get(check.name, check.name))}</td>"
+            f"{row}<td>{escaped(names.get(check.name, check.name))}</td>"
             f"<td class='number'>{_number(check, check.value)}</td><td class='number'>{_limit(check)}</td>"
             f"<td>{word}</td><td class='note'>{escaped(check.note)}</td></tr>"
         )
@@ -175,21 +173,21 @@ def _checks(checks: Sequence[Check]) -> str:
 
 def _teacher_forced_plots(report: ParityReport) -> str:
     curves, tables, limits = report.curves, report.tables, report.thresholds
-    plots = []
+    plots, names = [], _names(report)
     for kind, what in (("", "Largest"), (" mean", "Mean")):
-        series = {name: curves[f"{name}{kind}"] for name in NAMES if curves.get(f"{name}{kind}")}
+        series = {name: curves[f"{name}{kind}"] for name in names if curves.get(f"{name}{kind}")}
         if series:
             title = f"{what} error at each outer step"
-            plots.append(_error_plot(series, title, "outer step", limits if not kind else None))
+            plots.append(_error_plot(names, series, title, "outer step", limits if not kind else None))
     for kind, what in (("", "Largest"), (" mean", "Mean")):
         reduce = np.mean if kind else np.max
-        by_feature = {name: reduce(tables[f"{name}{kind}"], 0).tolist() for name in PARAMETERS if tables.get(f"{name}{kind}")}
+        by_feature = {name: reduce(tables[f"{name}{kind}"], 0).tolist() for name in report.parts if tables.get(f"{name}{kind}")}
         if by_feature:
             title = f"{what} error at each feature of a token (z has none)"
-            plots.append(_error_plot(by_feature, title, "feature", limits if not kind else None))
-    for name in PARAMETERS:
+            plots.append(_error_plot(names, by_feature, title, "feature", limits if not kind else None))
+    for name in report.parts:
         if tables.get(name):
-            plots.append(heat_map(np.array(tables[name]), f"Largest relative error: {NAMES[name]}", "feature", "outer step"))
+            plots.append(heat_map(np.array(tables[name]), f"Largest relative error: {names[name]}", "feature", "outer step"))
     if tables.get("kl"):
         plots.append(heat_map(np.array(tables["kl"]), "Mean KL divergence of the mixtures, nats", "feature", "outer step"))
     if curves.get("kl"):
@@ -204,14 +202,16 @@ def _teacher_forced_plots(report: ParityReport) -> str:
     return f"{note}<div class='plots'>{''.join([*plots, picks])}</div>"
 
 
-def _error_plot(series: Mapping[str, Sequence[float]], title: str, x_label: str, limits: Thresholds | None) -> str:
+def _error_plot(
+    names: Mapping[str, str], series: Mapping[str, Sequence[float]], title: str, x_label: str, limits: Thresholds | None
+) -> str:
     shown = {}
     if limits is not None:
         shown = ({"limit of z": limits.z} if "z" in series else {}) | {"limit of the parameters": limits.mixture}
         if len(set(shown.values())) == 1:
             shown = {"limit": limits.mixture}
-    named = {NAMES[name]: values for name, values in series.items()}
-    colors = [COLOR_OF[name] for name in series]
+    named = {names[name]: values for name, values in series.items()}
+    colors = [COLORS[list(names).index(name) % len(COLORS)] for name in series]
     return line_plot(named, title, x_label, "relative error", limits=shown, colors=colors)
 
 

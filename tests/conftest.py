@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from once import once
@@ -24,7 +26,40 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(shared_folder: Path) -> Callable[[str], Path]:
+def torch_onnx_export(shared_folder: Path) -> Iterator[Callable[..., Any] | None]:
+    """PyTorch's exporter itself; meanwhile what goes by its name traces a module once per test run."""
+    if importlib.util.find_spec("torch") is None:
+        yield None  # a part of the tests needs none
+        return
+    from traces import kept_traces
+
+    with kept_traces(Path(os.environ.get("ARINAR_TRACES") or shared_folder / "traces")) as export:
+        yield export
+
+
+@pytest.fixture(scope="session", autouse=True)
+def first_of_all(torch_onnx_export: object, request: pytest.FixtureRequest) -> None:
+    """Worker processes begin with the bundles that several tests need, each with others, in place of waiting for them."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return
+    items = request.session.items
+    names = {name for item in items for name in getattr(item, "fixturenames", ())}
+    makers: list[Callable[[], object]] = []
+    if names & {"demo_bundle", "digits_bundle", "causal_bundle"}:
+        demo_bundle = request.getfixturevalue("demo_bundle")
+        makers += [lambda: demo_bundle("digits"), lambda: demo_bundle("digits-causal")]
+    if any(hasattr(getattr(item, "module", None), "tiny_bundle") for item in items):
+        from tiny_bundles import TINY, TINY_CAUSAL, tiny_bundle
+
+        folder = request.getfixturevalue("shared_folder")
+        makers += [lambda: tiny_bundle(folder, TINY_CAUSAL), lambda: tiny_bundle(folder, TINY)]
+    for make in makers[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+        make()
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(shared_folder: Path, torch_onnx_export: object) -> Callable[[str], Path]:
     """Name of a demo model -> its fp32 bundle. Treat it as read-only: copy it to change it."""
 
     def get(name: str) -> Path:
@@ -53,8 +88,12 @@ def causal_bundle(demo_bundle: Callable[[str], Path]) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("ARINAR_SLOW") != "1":
-        skip = pytest.mark.skip(reason="full-size models; set ARINAR_SLOW=1")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+    reasons = {
+        "slow": ("ARINAR_SLOW", "full-size models"),
+        "wheel": ("ARINAR_WHEEL", "installs packages from an index"),
+    }
+    for marker, (variable, reason) in reasons.items():
+        if os.environ.get(variable) != "1":
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{reason}; set {variable}=1"))

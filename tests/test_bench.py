@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import arinar.measure.peaks as peaks_module
 from arinar.cli import main
 from arinar.config import PRESETS, VAE_PRESETS
 from arinar.measure.bench import bench, compare, floors, fresh_process, peak_memory, read_report, spread, table
@@ -156,9 +157,27 @@ def test_the_probing_model_multiplies(dtype: str) -> None:
     onnx.checker.check_model(onnx.load_from_string(product_model(weight)), full_check=True)
 
 
-def test_peaks_are_rates() -> None:
+def test_peaks_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of work that is really done: operations, or bytes read and written, by the seconds of the fastest run."""
     rates = [gemm_peak(64, 1), onnxruntime_peak("float32", 1, size=64, repeats=1), copy_bandwidth(2, size=1 << 20, repeats=1)]
     assert all(math.isfinite(rate) and rate > 0 for rate in [*rates, onnxruntime_peak("int8", 1, size=64, repeats=1)])
+    ticks = iter([0.0, 3.0, 10.0, 10.5, 20.0, 22.0])  # runs of 3, 0.5 and 2 seconds
+    monkeypatch.setattr(peaks_module.time, "perf_counter", lambda: next(ticks))
+    done: list[int] = []
+    assert peaks_module._fastest(lambda: done.append(1), 3) == 0.5 and len(done) == 3
+    monkeypatch.undo()
+    repeats: list[int] = []
+
+    def half_a_second(work: Callable[[], object], count: int) -> float:
+        work()
+        repeats.append(count)
+        return 0.5
+
+    monkeypatch.setattr(peaks_module, "_fastest", half_a_second)
+    assert gemm_peak(64, 7) == 2 * (2 * 64**3)
+    assert onnxruntime_peak("float32", 1, size=32, repeats=8) == onnxruntime_peak("int8", 1, size=32, repeats=9) == 4 * 32**3
+    assert copy_bandwidth(2, size=1 << 20, repeats=10) == 2 * (2 * (1 << 20))
+    assert repeats == [7, 8, 9, 10]
 
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:

@@ -34,7 +34,7 @@ def test_labels() -> None:
     assert parse_labels("0-3, 7,5-5") == [0, 1, 2, 3, 7, 5]
 
 
-@pytest.mark.parametrize("command", main.commands)
+@pytest.mark.parametrize("command", sorted(main.commands))
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = arinar(command, "--help")
     assert result.exit_code == 0 and "Example:  arinar" in result.output

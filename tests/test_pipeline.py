@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +122,15 @@ def test_low_memory_holds_one_phase_at_a_time(demo_bundle, kind: str) -> None:  
 
 def test_num_iter(digits_bundle: Path, causal_bundle: Path) -> None:
     masked, causal = Pipeline.load(digits_bundle), Pipeline.load(causal_bundle)
-    for num_iter in (1, 5, 16):
-        assert len(masked.generate([1], num_iter=num_iter).images) == 1
-    assert len(causal.generate([1], num_iter=16).images) == 1
+    made = {}
+    for num_iter in (1, 5, 12, 16):
+        seen: list[Progress] = []
+        made[num_iter] = masked.generate([1], num_iter=num_iter, callback=seen.append).tokens
+        assert [p.step for p in seen] == [*range(1, num_iter + 1)]
+    for one, other in combinations(made.values(), 2):  # another plan, other tokens
+        assert np.abs(one - other).max() > 0.1
+    assert np.array_equal(masked.generate([1]).tokens, made[12])  # the model's own
+    assert np.array_equal(causal.generate([1], num_iter=16).tokens, causal.generate([1]).tokens)
     for bad in (0, 17, -1, 2.0, True):
         with pytest.raises(ValueError, match="num_iter is .*expected an integer from 1 to 16"):
             masked.generate([1], num_iter=bad)  # type: ignore[arg-type]

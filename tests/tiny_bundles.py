@@ -37,8 +37,9 @@ TINY_VAE = VaeConfig(
 
 
 def tiny_model(config: ArinarConfig, seed: int = 0) -> tuple[Arinar, AutoencoderKL]:
-    torch.manual_seed(seed)
-    return initialize(Arinar(config), seed).eval(), AutoencoderKL(TINY_VAE).eval()
+    model = initialize(Arinar(config), seed).eval()
+    torch.manual_seed(seed)  # the same VAE for every model
+    return model, AutoencoderKL(TINY_VAE).eval()
 
 
 def tiny_bundle(folder: Path, config: ArinarConfig) -> Path:

@@ -1,0 +1,36 @@
+"""The README's Python code runs, as it stands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from arinar.runtime import Bundle
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def test_there_is_code() -> None:
+    assert BLOCKS and "Pipeline.load" in BLOCKS[0]
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_blocks_run(number: int, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a demo model: it has other labels and fewer steps than a published one. Nothing else is changed."""
+    shutil.copytree(digits_bundle, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[number].replace("[207, 360]", "[2, 3]").replace("num_iter=64", "num_iter=12")
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(code, f"README.md, Python block {number + 1}", "exec"), names)
+    for file in re.findall(r'\.save\("(.+?)"', code):
+        with Image.open(tmp_path / file) as image:
+            image.load()
+            assert image.size == (32, 32)
+    for name in re.findall(r"\bout\.(\w+)", BLOCKS[number]):  # also those that a comment promises
+        assert getattr(names["out"], name) is not None
+    Bundle.open(tmp_path / "bundle").verify()
