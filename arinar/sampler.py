@@ -110,6 +110,7 @@ def sample(
         else:
             generator.seed()
 
+    given = None if noise is None else noise.draws
     guided = bool((scales != 1.0).any())
     both_labels = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
     if causal:
@@ -142,7 +143,7 @@ def sample(
             z = z[torch.arange(len(z), device=device)[:, None], picked]  # (2B, P, C)
         z = z.flatten(0, 1)  # (2BP, C)
         z_cond, z_uncond = z.chunk(2) if guided else (z, None)
-        draws = None if noise is None else torch.as_tensor(noise.draws, device=device)[rows, positions].flatten(0, 1)
+        draws = None if given is None else torch.as_tensor(given, device=device)[rows, positions].flatten(0, 1)
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
         scale_rows, heat_rows = (value.repeat_interleave(step.count) for value in (guidance, heats.to(device)))

@@ -148,9 +148,6 @@ class ParityReport:
     precision: str
     backend: str
     settings: dict[str, Any]
-    scheme: str = "fp32"
-    # Names of the law's parts, and what each is.
-    parts: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     # "z", the parts of the law, "kl": largest; "z mean", ...: mean.
     curves: dict[str, list[float]] = field(default_factory=dict)
@@ -164,6 +161,9 @@ class ParityReport:
     thresholds: Thresholds | None = None
     # What a reader should know besides the checks.
     notes: list[str] = field(default_factory=list)
+    scheme: str = "fp32"
+    # Names of the parts of the law, and what each is.
+    parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> list[Check]:

@@ -52,8 +52,8 @@ def sample(
     uncond: Mixture | None,
     uniforms: npt.ArrayLike,
     *,
-    guidance_scale: float,
-    temperature: float,
+    guidance_scale: npt.ArrayLike,
+    temperature: npt.ArrayLike,
     num_candidates: int = NUM_CANDIDATES,
 ) -> Array:
     """One draw per row, plain or guided.
@@ -63,8 +63,9 @@ def sample(
     cond, uncond : (weight, mu, logvar), each (N, K): weights >= 0 that sum to 1 in each row, means, log variances.
         ``uncond=None`` draws plainly.
     uniforms : (N, NUM_UNIFORMS) in [0, 1). The draw increases with it.
-    guidance_scale : >= 1. Exactly 1 draws plainly, from ``cond``.
-    temperature : > 0, multiplies the component std of the proposals (not of the densities in their weights).
+    guidance_scale : >= 1, one for all rows or (N,). Exactly 1 for all draws plainly, from ``cond``.
+    temperature : > 0, one for all rows or (N,), multiplies the component std of the proposals (not of the densities in
+        their weights).
     num_candidates : >= 1, proposals of the SIR scheme whose law is drawn from. With 1 the draw is plain.
 
     Returns
@@ -75,9 +76,10 @@ def sample(
     ------
     ValueError : a shape, a value that is not finite, or an argument out of range; the message names it.
     """
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 1):
+    scale, heat = np.asarray(guidance_scale, np.float64), np.asarray(temperature, np.float64)
+    if not (np.isfinite(scale) & (scale >= 1)).all():
         raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number, at least 1")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not (np.isfinite(heat) & (heat > 0)).all():
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
     if num_candidates < 1:
         raise ValueError(f"num_candidates is {num_candidates}; expected at least 1")
@@ -89,22 +91,26 @@ def sample(
         raise ValueError(f"uniforms has shape {u.shape}; expected (N, NUM_UNIFORMS) = {want}")
     if not ((u >= 0) & (u < 1)).all():
         raise ValueError(f"uniforms has values outside [0, 1), from {u.min()} to {u.max()}")
-    plain = p_uncond is None or guidance_scale == 1 or num_candidates == 1
+    for name, value in (("guidance_scale", scale), ("temperature", heat)):
+        if value.shape not in ((), (len(u),)):
+            raise ValueError(f"{name} has shape {value.shape}; expected one number, or (N,) = {(len(u),)}")
+    scales, heats = (np.broadcast_to(value, len(u))[:, None] for value in (scale, heat))  # (N, 1)
+    plain = p_uncond is None or bool((scale == 1).all()) or num_candidates == 1
 
     draws = np.empty(len(u))
     # Guided, a row needs NODES times its cells of memory.
     for start in range(0, len(u), _ROWS_PER_CHUNK):
         rows = slice(start, start + _ROWS_PER_CHUNK)
-        law = plain_law(p_cond[:, rows], temperature)
+        law = plain_law(p_cond[:, rows], heats[rows])
         if p_uncond is not None and not plain:
-            law = guided_law(law, p_cond[:, rows], p_uncond[:, rows], guidance_scale, num_candidates)
+            law = guided_law(law, p_cond[:, rows], p_uncond[:, rows], scales[rows], num_candidates)
         draws[rows] = quantile(law, u[rows])[:, 0]
     wide = any(np.asarray(part).dtype == np.float64 for part in (*cond, *(uncond or ())))
     return draws if wide else draws.astype(np.float32)
 
 
-def plain_law(mixture: Float64, temperature: float) -> Law:
-    """Law of a plain draw: mixture (3, N, K) -> the mesh, and the probability of each of its cells.
+def plain_law(mixture: Float64, temperature: float | Float64) -> Law:
+    """Law of a plain draw: mixture (3, N, K), temperature one for all or (N, 1) -> the mesh, the probability of each cell.
 
     A Gaussian's probability of a cell of width d around z is pdf(z) d (1 + (z^2 - 1) d^2 / 24), up to terms
     in d^4: at most 3e-4 of it, as no cell within REACH is wider than 2 REACH / CELLS_PER_GAUSSIAN std. Unlike
@@ -121,8 +127,11 @@ def plain_law(mixture: Float64, temperature: float) -> Law:
     return Law(edges, np.maximum(mass, TINY))
 
 
-def guided_law(plain: Law, cond: Float64, uncond: Float64, guidance_scale: float, num_candidates: int = NUM_CANDIDATES) -> Law:
-    """Law of a guided draw from proposals of law ``plain``; num_candidates >= 2, mixtures (3, N, K)."""
+def guided_law(
+    plain: Law, cond: Float64, uncond: Float64, guidance_scale: float | Float64, num_candidates: int = NUM_CANDIDATES
+) -> Law:
+    """Law of a guided draw from proposals of law ``plain``; num_candidates >= 2, mixtures (3, N, K), guidance_scale one for
+    all or (N, 1)."""
     edges, mass = plain
     x = _middle(edges)
     log_w = (_log_density(x, cond) - _log_density(x, uncond)) * (guidance_scale - 1)  # (N, P)

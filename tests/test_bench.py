@@ -112,7 +112,7 @@ def counted(bundle: Bundle, name: str, **dims: int) -> Counted:
 def test_counted_operations_are_those_of_the_masked_graphs(digits_bundle: Path, guided: bool) -> None:
     bundle, branches = Bundle.open(digits_bundle), 2 if guided else 1
     config = bundle.manifest.config
-    plan = steps(config.seq_len, 3, 1.0)
+    plan = steps(config.seq_len, 3)
     outer = [
         counted(bundle, "outer_step", V=config.seq_len - step.masked, P=step.count, U=step.remaining, B=1, G=branches)
         for step in plan

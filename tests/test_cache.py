@@ -31,7 +31,7 @@ class Host:
 
 def graph(slots: int | str) -> GraphInfo:
     past = tuple(TensorInfo(f"past_key_values.0.{p}", "float32", ("N", 2, slots, 3)) for p in ("key", "value"))
-    return GraphInfo("step", "step.onnx", 20, (TensorInfo("token", "float32", ("B", 4)), *past), ())
+    return GraphInfo("step", "step.onnx", 20, (TensorInfo("token", "float32", ("B", 4)), *past), (), "outer")
 
 
 def test_rows_land_in_their_slot() -> None:
@@ -66,11 +66,11 @@ def test_a_generation_feeds_the_same_cache_memory_at_every_step(causal_bundle: P
     written: list[int] = []
     launch, write_slots = pipeline.backend.launch, pipeline.backend.write_slots
 
-    def spy(name: str, inputs: Any, outputs: Any) -> None:
+    def spy(name: str, inputs: Any, outputs: Any, rows: Any = None) -> None:
         if name == "outer_step":
             seen.append({key: id(value) for key, value in inputs.items() if key.startswith("past_key_values")})
             written.append(0)
-        launch(name, inputs, outputs)
+        launch(name, inputs, outputs, rows)
 
     def count(rows: Any, target: Any, slot: int) -> None:
         if written:

@@ -19,9 +19,10 @@ from click.testing import CliRunner
 pytest.importorskip("onnxruntime")
 
 from arinar.calibration import collect as recording_module
-from arinar.calibration.collect import CalibrationError, Recording, collect, collect_random
+from arinar.calibration.collect import collect, collect_random
 from arinar.calibration.precision import Cost, Evaluator, _activations, calibrate, layer_plan, search, to_json
 from arinar.calibration.ranges import BINS, METHODS, TensorStatistics
+from arinar.calibration.recording import CalibrationError, Recording
 from arinar.cli import main
 from arinar.config import ArinarConfig
 from arinar.export.layers import LayerPlan
@@ -134,7 +135,7 @@ def test_recording_covers_every_layer_and_step(bundle: Bundle, recorded: tuple[R
         assert seen[1:].all() and (seen[0] or name == "outer_step/z_proj"), name  # no token is known at step 0
     assert len(recording.samples) == 6 and {s.step for s in recording.samples} == {0, 1, 2}
     for sample in recording.samples:
-        assert sample.features.shape == (len(sample.rows), 15)
+        assert sample.tokens.shape == (len(sample.rows), 16)
     largest = max(float(maxima.max()) for maxima in recording.maxima.values())
     assert 1 < largest < 1000  # the mask that attention adds is not an activation
     again = Recording.load(path)
@@ -160,7 +161,7 @@ def test_an_interrupted_run_resumes_and_ends_alike(bundle: Bundle, recorded: tup
             np.testing.assert_array_equal(value, resumed.layers[name].arrays()[key])
     for ours, theirs in zip(whole.samples, resumed.samples, strict=True):
         assert ours.step == theirs.step
-        np.testing.assert_array_equal(ours.features, theirs.features)
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     with pytest.raises(CalibrationError, match=r"another calibration \(seed differ\); delete it"):
         collect(bundle, partial=path, seed=5, **QUICK)
 
@@ -191,7 +192,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_finished_images(
     assert resumed.seen_steps == recorded[0].seen_steps
     for ours, theirs in zip(recorded[0].samples, resumed.samples, strict=True):
         assert (ours.graph, ours.step) == (theirs.graph, theirs.step)
-        for name in ("labels", "rows", "features"):
+        for name in ("labels", "rows", "tokens"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
         for key, value in ours.feed.items():
             np.testing.assert_array_equal(value, theirs.feed[key])
@@ -231,13 +232,13 @@ def test_kept_steps_of_causal_models_are_bounded_in_size(causal_bundle: Path, mo
     monkeypatch.setattr(recording_module, "SAMPLE_BYTES", 3 * sum(value[0].nbytes for value in caches))
     recording = collect(opened, num_images=4, batch_size=4, threads=1)
     for sample in recording.samples:
-        assert sample.features.shape == (len(sample.rows), 15)
+        assert sample.tokens.shape == (len(sample.rows), 16)
         if sample.graph == "outer_step":
             assert len(sample.rows) == len(sample.labels) == len(sample.feed["rows"]) == 3
             assert all(len(value) == 3 for name, value in sample.feed.items() if name.startswith("past_key_values."))
     for name, statistics in whole.layers.items():  # ranges are taken over everything all the same
         assert statistics.ranges() == recording.layers[name].ranges()
-    # What is kept is consistent: the graphs, run on it, give the very z that its features were drawn from.
+    # What is kept is consistent: the graphs, run on it, give the very z that its tokens were drawn from.
     evaluator = Evaluator(opened, recording, 1)
     assert evaluator.cost({}).kl < 1e-9
     offset, by_step = 0, {sample.step: sample for sample in whole.samples if sample.graph == "outer_step"}

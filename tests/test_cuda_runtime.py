@@ -452,7 +452,7 @@ def updater(digits: Path, runtime: FakeCudaRuntime, trt: Any) -> Any:
     """A backend with one more graph, which adds to a cache: ``past`` (N, 4) + ``new`` (1, 4) -> ``present`` (N, 4)."""
     backend: Any = gpu(digits, runtime).backend
     inputs = (TensorInfo("past", "float32", ("N", 4)), TensorInfo("new", "float32", (1, 4)))
-    info = GraphInfo("updater", "none", 20, inputs, (TensorInfo("present", "float32", ("N", 4)),))
+    info = GraphInfo("updater", "none", 20, inputs, (TensorInfo("present", "float32", ("N", 4)),), "outer")
     backend._graphs = {**backend._graphs, "updater": info}
     engine = FakeEngine(runtime, backend._log, info, lambda feeds, _: [feeds["past"] + feeds["new"]], 64)
 

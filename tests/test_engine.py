@@ -30,6 +30,7 @@ from arinar.runtime.backends.engines import (
     mismatch,
 )
 from arinar.runtime.bundle import (
+    KINDS_OF_VERSION_1,
     MANIFEST_NAME,
     Bundle,
     BundleError,
@@ -140,9 +141,9 @@ def make_bundle(folder: Path, texts: dict[str, str]) -> Bundle:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
         info = TensorInfo("x", "float32", ("B", 3))
-        graphs[name] = GraphInfo(name, file, 20, (info,), (info,))
+        graphs[name] = GraphInfo(name, file, 20, (info,), (info,), *KINDS_OF_VERSION_1.get(name, ("head", "none", False)))
         files[file] = file_info(folder / file)
-    manifest = Manifest(TINY, {"fp16": graphs}, files, Defaults(4, 2.0), 1000)
+    manifest = Manifest(TINY, {"fp16": graphs}, files, Defaults(4, 2.0), {"num_candidates": 1000})
     (folder / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle.open(folder)
 
@@ -444,7 +445,7 @@ def test_damaged_engines_are_refused(bundle: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["base", "digits", "base-causal", "digits-causal"])
 def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
-    from arinar.runtime.loop import OUTER_INPUTS
+    from arinar.runtime.outer import CausalOuter
 
     config, least = PRESETS[name], 4
     batch = (2, 8, 16)
@@ -454,7 +455,7 @@ def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
     length = config.seq_len
     counts = [length] if config.outer == "causal" else range(least, length + 1)
     for num_iter in counts:
-        for step in steps(length, num_iter, 2.0):
+        for step in steps(length, num_iter):
             seen = {"V": length - step.masked, "P": step.count, "U": step.remaining}
             for images in batch:
                 for branches in (1, 2):
@@ -462,7 +463,9 @@ def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
                     for axis, size in sizes.items():
                         if config.outer == "masked" or axis in "BGM":
                             assert axes[axis][0] <= size <= axes[axis][2], (num_iter, step, axis)
-    outer = GraphInfo("outer_step", "f", 20, tuple(TensorInfo(n, "int64", ("N",)) for n in OUTER_INPUTS["causal"][1:2]), ())
+    outer = GraphInfo(
+        "outer_step", "f", 20, tuple(TensorInfo(n, "int64", ("N",)) for n in CausalOuter.INPUTS[1:2]), (), "outer"
+    )
     assert profiles(outer, axes)["rows"] == ((2,), (16,), (32,))
 
 
@@ -517,7 +520,8 @@ def test_no_input_is_a_shape_tensor(config: Any, shared_folder: Path, logger: An
 @pytest.fixture(scope="module")
 def in_place(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny causal bundle with the step of opset 24, which gives back the whole cache."""
-    from arinar.export.bundle import graph_specs, write_manifest
+    from arinar.export.folder import write_manifest
+    from arinar.export.graphs import graph_specs
     from arinar.export.trace import WeightStore, export_graph, validate_graph
 
     folder = tmp_path_factory.mktemp("in-place") / "bundle"
@@ -531,7 +535,7 @@ def in_place(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> B
     store.close()
     assert validate_graph(path, spec) < 1e-5
     names = [f"graphs/fp32/step24/{file.name}" for file in (path, store.path)]
-    info = GraphInfo("outer_step", names[0], 24, spec.inputs, spec.outputs, (names[1],))
+    info = GraphInfo("outer_step", names[0], 24, spec.inputs, spec.outputs, "outer", weights=(names[1],))
     graphs = {"fp32": manifest.graphs["fp32"] | {"outer_step": info}}
     files = manifest.files | {name: file_info(folder / name) for name in names}
     write_manifest(folder, replace(manifest, graphs=graphs, files=files))
@@ -545,10 +549,10 @@ def test_a_cache_updated_in_place_gives_the_same_tokens(in_place: Bundle, shared
     have = pipeline.generate([0, 1, 2], guidance_scale=2.0)
     want = Pipeline.load(tiny_bundle(shared_folder, TINY_CAUSAL), precision="fp32").generate([0, 1, 2], guidance_scale=2.0)
     assert np.abs(have.tokens - want.tokens).max() < 1e-3
-    (state,) = pipeline.loop._states.values()
-    assert state.cache is not None and state.cache.in_place
-    for name, buffer in state.cache.present.items():
-        assert buffer is state.cache.past[name.replace("present", "past_key_values")]  # a backend may alias them
+    (state,) = pipeline.loop._idle
+    assert state.outer.cache.in_place
+    for name, buffer in state.outer.cache.present.items():
+        assert buffer is state.outer.cache.past[name.replace("present", "past_key_values")]  # a backend may alias them
 
 
 @pytest.mark.requires_rtx
@@ -592,8 +596,9 @@ def test_onnxruntime_agrees_with_the_step_modules_by_polygraphy(config: Any, sha
     from polygraphy.common import TensorMetadata
     from polygraphy.comparator import Comparator, CompareFunc
 
-    from arinar.export.bundle import graph_specs
-    from arinar.export.trace import GraphSpec, run_module
+    from arinar.export.graphs import graph_specs
+    from arinar.export.spec import GraphSpec
+    from arinar.export.trace import run_module
 
     class StepModuleRunner(BaseRunner):  # type: ignore[misc]
         def __init__(self, spec: GraphSpec) -> None:

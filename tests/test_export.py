@@ -15,8 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from tiny_bundles import TINY_VAE
 
 from arinar.config import ArinarConfig, VaeConfig
-from arinar.export.bundle import export_bundle, graph_specs
-from arinar.export.trace import ExportError, GraphSpec, WeightStore, export_graph, fix_shapes, validate_graph
+from arinar.export.bundle import export_bundle
+from arinar.export.graphs import graph_specs
+from arinar.export.spec import ExportError, GraphSpec
+from arinar.export.trace import WeightStore, export_graph, fix_shapes, validate_graph
 from arinar.model import Arinar, initialize
 from arinar.runtime import BundleError, Pipeline
 from arinar.runtime.bundle import TensorInfo
@@ -218,7 +220,7 @@ class _Double(torch.nn.Module):
 
 def _spec(factor: float, shape: tuple[int | str, ...] = ("N", 4)) -> GraphSpec:
     info = TensorInfo("x", "float32", shape)
-    return GraphSpec("double", _Double(factor), (info,), (TensorInfo("y", "float32", shape),), {}, ({"N": 1}, {"N": 5}))
+    return GraphSpec("double", _Double(factor), (info,), (TensorInfo("y", "float32", shape),), {}, ({"N": 1}, {"N": 5}), "head")
 
 
 def test_validation_names_graph_output_and_error(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from tiny_bundles import TINY, TINY_CAUSAL, tiny_bundle, tiny_model
 
 from arinar.calibration.activations import measure_activations
 from arinar.config import ArinarConfig
-from arinar.export.bundle import _merge, export_bundle, graph_specs, weights_sha256
+from arinar.export.bundle import export_bundle, weights_sha256
+from arinar.export.folder import merge
+from arinar.export.gmm_head import float32_islands
+from arinar.export.graphs import graph_specs
 from arinar.export.steps import half_precision, half_precision_vae
 from arinar.export.trace import WeightStore, exact_reference, run_module
 from arinar.measure.checks import THRESHOLDS
@@ -29,7 +32,7 @@ both = pytest.mark.parametrize("config", [TINY, TINY_CAUSAL], ids=["masked", "ca
 def test_the_copy_is_half_but_for_its_float32_islands(config: ArinarConfig) -> None:
     model, _ = tiny_model(config)
     before = weights_sha256(model)
-    half = half_precision(model)
+    half = half_precision(model, float32_islands)
     assert weights_sha256(model) == before
     assert all(p.dtype == torch.float32 for p in model.parameters())
     for name, value in half.state_dict().items():
@@ -44,7 +47,7 @@ def test_weights_beyond_float16_are_refused() -> None:
     with torch.no_grad():
         model.arhead.cond_proj.weight[0, 0] = 1e5
     with pytest.raises(ValueError, match=r"'arhead.cond_proj.weight' holds values beyond float16"):
-        half_precision(model)
+        half_precision(model, float32_islands)
 
 
 @both
@@ -126,7 +129,7 @@ def test_replacing_a_graph_that_others_share(shared_folder: Path) -> None:
     old = Bundle.open(tiny_bundle(shared_folder, TINY)).manifest
     again = {name: replace(info, opset=21) for name, info in old.graphs["fp32"].items()}
     new = replace(old, graphs={"fp32": again}, files={n: f for n, f in old.files.items() if "/fp32/" in n})
-    merged = _merge(old, new)
+    merged = merge(old, new)
     assert merged.graphs["fp16"]["vae_decoder"].opset == 21 and merged.graphs["fp16"]["outer_step"].opset == 20
     assert old.graphs["fp16"]["vae_decoder"].opset == 20
     assert merged.files == old.files

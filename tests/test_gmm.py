@@ -459,11 +459,12 @@ def test_torch_draws_match_the_reference(num_gaussians: int, num_candidates: int
     uniforms = np.random.default_rng(4).random((40, gmm.NUM_UNIFORMS))
     arguments: dict[str, Any] = {"guidance_scale": 3.0, "temperature": 1.1, "num_candidates": num_candidates}
     wanted = gmm.sample(tuple(cond), tuple(uncond), uniforms, **arguments)
+    rows = {n: torch.full((40,), v) if isinstance(v, float) else v for n, v in arguments.items()}
     for dtype, atol in ((torch.float64, 1e-5), (torch.float32, 1e-3)):
         tensors = [tuple(torch.from_numpy(part).to(dtype) for part in parts) for parts in (cond, uncond)]
-        drawn = mixture.draw_mixture(*tensors, torch.from_numpy(uniforms), **arguments)
+        drawn = mixture.draw_mixture(*tensors, torch.from_numpy(uniforms), **rows)
         assert drawn.dtype == dtype
         np.testing.assert_allclose(drawn.numpy(), wanted, rtol=0, atol=atol)
-    plain = mixture.draw_mixture(tensors[0], None, torch.from_numpy(uniforms), **arguments)
+    plain = mixture.draw_mixture(tensors[0], None, torch.from_numpy(uniforms), **rows)
     wanted = gmm.sample(tuple(cond), None, uniforms, **arguments)
     np.testing.assert_allclose(plain.numpy(), wanted, rtol=0, atol=1e-4)

@@ -19,7 +19,7 @@ from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig
 from arinar.inner import Mixture, log_density
 from arinar.model import Arinar, denormalize, unpatchify
 from arinar.sampler import StepRecord, sample
-from arinar.schedule import mask_counts, steps
+from arinar.schedule import guidance_at, mask_counts, steps
 from arinar.vae import AutoencoderKL, posterior, to_uint8
 
 DTYPES = [torch.float64, torch.float32]
@@ -230,7 +230,7 @@ def test_trajectory(golden: Path, run: str, dtype: torch.dtype) -> None:
         num_iter=meta["num_iter"],
         forced=final,
         record=records.append,
-        noise=SimpleNamespace(order=data["orders"], uniforms=np.zeros((*final.shape, 1), np.float32)),
+        noise=SimpleNamespace(order=data["orders"], draws=np.zeros((*final.shape, 1), np.float32)),
     )
     assert_close(tokens, data["final_tokens"], "trajectory tokens")
     assert_close(unpatchify(tokens, 1), data["final_latent"], "trajectory latent")
@@ -240,7 +240,7 @@ def test_trajectory(golden: Path, run: str, dtype: torch.dtype) -> None:
     known = torch.zeros_like(final)
     for record, mask_in, tokens_in, cfg_iter in zip(records, data["mask_in"], data["tokens_in"], data["cfg_iter"], strict=True):
         # The published schedule computes guidance in float32.
-        assert record.step.guidance_scale == pytest.approx(cfg_iter, abs=1e-6)
+        assert record.guidance_scale.tolist() == pytest.approx([float(cfg_iter)] * len(final), abs=1e-6)
         assert (mask_in.sum(1) == record.step.masked).all()
         assert_close(known, tokens_in, "trajectory tokens at step start")
         # The recording sorts a step's rows by sample, then position; ours follow the order of generation.
@@ -308,9 +308,9 @@ def test_schedules_exactly(golden: Path) -> None:
         if num_iter > length:  # the published loop fails there, ours refuses
             assert case["steps_with_no_token"]
             with pytest.raises(ValueError, match=f"num_iter is {num_iter}; expected 1..{length}"):
-                steps(length, num_iter, 4.5)
+                steps(length, num_iter)
             continue
-        plan = steps(length, num_iter, 4.5)
+        plan = steps(length, num_iter)
         assert mask_counts(length, num_iter) == case["masked_at_step_start"]
         assert [step.masked for step in plan] == case["masked_at_step_start"]
         assert [step.count for step in plan] == case["tokens_per_step"]
@@ -319,9 +319,9 @@ def test_schedules_exactly(golden: Path) -> None:
         # Computed in float32 there.
         float32 = np.float32(1) + np.float32(3.5) * (length - np.float32(case["mask_len"])) / np.float32(length)
         assert float32.tolist() == case["cfg_iter_for_cfg_4p5"]
-        guidance = [step.guidance_scale for step in plan]
+        guidance = [guidance_at(step, length, 4.5, "linear") for step in plan]
         np.testing.assert_allclose(guidance, case["cfg_iter_for_cfg_4p5"], rtol=2e-7)
-        assert {step.guidance_scale for step in steps(length, num_iter, 4.5, "constant")} == {4.5}
+        assert {guidance_at(step, length, 4.5, "constant") for step in plan} == {4.5}
         tested += 1
     assert tested
 

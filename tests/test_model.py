@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
+from arinar.gmm_head import draw_guided, draw_plain
 from arinar.inner import Mixture
+from arinar.mixture_law import NUM_CANDIDATES
 from arinar.model import (
     Arinar,
     CausalArinar,
@@ -24,7 +26,7 @@ from arinar.model import (
     patchify,
     unpatchify,
 )
-from arinar.sampler import NUM_CANDIDATES, draw_guided, draw_plain, sample
+from arinar.sampler import sample
 
 MASKED = ArinarConfig(
     img_size=16,
@@ -315,9 +317,10 @@ def test_guided_draw_follows_the_published_law(golden: Path, pair: int, std_scal
     )
     generator = torch.Generator().manual_seed(pair)
     if guidance_scale == 1.0:
-        drawn = draw_plain(cond, std_scale, generator)
+        drawn = draw_plain(cond, torch.full((count,), std_scale), generator)
     else:
-        drawn = draw_guided(cond, uncond, guidance_scale, std_scale, generator)
+        scale, temperature = (torch.full((count,), value) for value in (guidance_scale, std_scale))
+        drawn = draw_guided(cond, uncond, scale, temperature, generator)
     assert drawn.shape == (count,)
     quantiles = data["quantiles"][pair, row, column]
     below = (drawn.numpy()[:, None] <= quantiles).mean(0)
@@ -327,7 +330,7 @@ def test_guided_draw_follows_the_published_law(golden: Path, pair: int, std_scal
 
 def test_draws_are_seeded() -> None:
     mixture = Mixture(torch.tensor([[0.3, 0.7]]), torch.tensor([[-1.0, 1.0]]), torch.zeros(1, 2))
-    first, again = (draw_plain(mixture, 1.0, torch.Generator().manual_seed(0), 7) for _ in range(2))
+    first, again = (draw_plain(mixture, torch.ones(1), torch.Generator().manual_seed(0), 7) for _ in range(2))
     assert first.shape == (7, 1) and torch.equal(first, again)
     assert NUM_CANDIDATES == 1000
 

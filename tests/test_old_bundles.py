@@ -47,7 +47,7 @@ def test_config_and_defaults(name: str) -> None:
     defaults = manifest.defaults
     assert (defaults.num_iter, defaults.guidance_scale) == (16 if causal else 12, 4.0)
     assert (defaults.cfg_schedule, defaults.temperature) == ("linear", 1.0)
-    assert manifest.num_candidates == 1000
+    assert manifest.law == {"num_candidates": 1000}
     assert manifest.provenance["arinar"] == "0.1.0" and manifest.provenance["checkpoint"] == name
 
 

@@ -75,15 +75,15 @@ def test_arguments_change_the_result(pipeline: Pipeline) -> None:
 
 def test_without_guidance_no_unconditional_work(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    run = pipeline.backend._run  # type: ignore[attr-defined]
+    call = pipeline.backend._call  # type: ignore[attr-defined]
 
-    def spy(graph: str, threads: int, job) -> None:  # type: ignore[no-untyped-def]
-        inputs, outputs = job
-        if graph == "outer_step":
-            rows.append(outputs["z"].shape[0] // (1 if "token" in inputs else inputs["target_positions"].shape[0]))
-        run(graph, threads, job)
+    def spy(loaded, graph, inputs, outputs):  # type: ignore[no-untyped-def]
+        found = call(loaded, graph, inputs, outputs)
+        if graph.name == "outer_step":
+            rows.append(found[0].shape[0] // (1 if "token" in inputs else inputs["target_positions"].shape[0]))
+        return found
 
-    monkeypatch.setattr(pipeline.backend, "_run", spy)
+    monkeypatch.setattr(pipeline.backend, "_call", spy)
     counts = []
     for scale in (1.0, 2.0):
         pipeline.generate([1, 2, 3], guidance_scale=scale, num_iter=16)
@@ -104,13 +104,13 @@ def test_rows_apart_or_together_are_the_same_images(digits_bundle: Path, threads
 def test_low_memory_holds_one_phase_at_a_time(demo_bundle, kind: str) -> None:  # type: ignore[no-untyped-def]
     plain, saving = (Pipeline.load(demo_bundle(kind), threads=2, low_memory=low) for low in (False, True))
     held: list[set[str]] = []
-    run = saving.backend._run  # type: ignore[attr-defined]
+    call = saving.backend._call  # type: ignore[attr-defined]
 
-    def spy(graph: str, threads: int, job) -> None:  # type: ignore[no-untyped-def]
-        run(graph, threads, job)
-        held.append({name for name, _ in saving.backend._sessions})  # type: ignore[attr-defined]
+    def spy(*arguments):  # type: ignore[no-untyped-def]
+        held.append({name for name, _ in saving.backend._loaded})  # type: ignore[attr-defined]
+        return call(*arguments)
 
-    saving.backend._run = spy  # type: ignore[attr-defined]
+    saving.backend._call = spy  # type: ignore[attr-defined]
     for _ in range(2):
         want, got = (p.generate([1, 2, 3], batch_size=2, seed=4) for p in (plain, saving))
         assert np.array_equal(pixels(want), pixels(got)) and np.array_equal(want.tokens, got.tokens)
@@ -187,10 +187,10 @@ def test_non_finite_values_are_an_error_that_names_the_graph(digits_bundle: Path
     pipeline = Pipeline.load(digits_bundle)
     launch = pipeline.backend.launch
 
-    def broken(graph: str, inputs, outputs) -> None:  # type: ignore[no-untyped-def]
+    def broken(graph: str, inputs, outputs, rows=None) -> None:  # type: ignore[no-untyped-def]
         if graph == "inner_token_guided":
             inputs = {**inputs, "z": np.full_like(inputs["z"], np.inf)}
-        launch(graph, inputs, outputs)
+        launch(graph, inputs, outputs, rows)
 
     pipeline.backend.launch = broken  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="graph 'inner_token_guided' made non-finite values in its output 'tokens'"):

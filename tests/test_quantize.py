@@ -20,7 +20,7 @@ from arinar.checkpoint import load_arinar
 from arinar.cli import main
 from arinar.export.layers import FP8_MAX, SCHEMES, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
 from arinar.export.quantize import Calibration, default_plans, example_feed, quantize_bundle, variant_bytes
-from arinar.export.trace import ExportError
+from arinar.export.spec import ExportError
 from arinar.runtime import Pipeline
 from arinar.runtime.backends import products
 from arinar.runtime.bundle import PRECISIONS, Bundle, BundleError
@@ -135,7 +135,7 @@ def test_exact_kernels_where_the_usual_ones_saturate(bundle: Path, monkeypatch: 
         monkeypatch.setattr(products, "products_are_exact", lambda: exact)
         pipeline = Pipeline.load(bundle, precision=precision, threads=1)
         made = pipeline.generate([3], num_iter=2, seed=0)
-        for session in pipeline.backend._sessions.values():  # type: ignore[attr-defined]
+        for session in pipeline.backend._loaded.values():  # type: ignore[attr-defined]
             options = session.get_session_options()
             if exact or precision == "fp32":
                 with pytest.raises(RuntimeError):  # it has no such entry
@@ -146,7 +146,7 @@ def test_exact_kernels_where_the_usual_ones_saturate(bundle: Path, monkeypatch: 
 
     exact_here = products.products_are_exact()
     tokens("fp32", False)
-    for precision in products.INTEGER_PRECISIONS:
+    for precision in products.INTEGER_SCHEMES:
         slow = tokens(precision, False)
         if exact_here:
             assert np.array_equal(tokens(precision, True), slow)
@@ -162,7 +162,7 @@ def test_a_variant_of_any_name_runs_as_its_scheme_does(bundle: Path, tmp_path: P
     known, named = (Pipeline.load(folder, precision=precision, threads=1) for precision in ("int8", "eight"))
     batch: dict[str, Any] = {"num_iter": 2, "seed": 0, "batch_size": 2}
     assert np.array_equal(known.generate([3, 5], **batch).tokens, named.generate([3, 5], **batch).tokens)
-    for session in named.backend._sessions.values():  # type: ignore[attr-defined]
+    for session in named.backend._loaded.values():  # type: ignore[attr-defined]
         assert session.get_session_options().get_session_config_entry(products.EXACT_PRODUCTS) == "1"
 
 

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("torch")
 
+from arinar.gmm_law import LAW
 from arinar.measure.charts import bar_plot, heat_map, line_plot, round_ticks
-from arinar.measure.checks import PARAMETERS, Check, ParityReport, parse_thresholds
+from arinar.measure.checks import Check, ParityReport, parse_thresholds
 from arinar.measure.parity_report import render, write_report
 
 
@@ -28,8 +29,8 @@ def report() -> ParityReport:
         Check("distribution", "Frechet distance / yardstick", 1.1, 1.5),
     ]
     for kind in ("", " mean"):
-        made.curves |= {f"{name}{kind}": [1e-6, 0.0, 2e-3] for name in ("z", *PARAMETERS, "kl")}
-        made.tables |= {f"{name}{kind}": [[1e-6, 2e-6], [0.0, 1e-5], [1e-3, 1e-4]] for name in PARAMETERS}
+        made.curves |= {f"{name}{kind}": [1e-6, 0.0, 2e-3] for name in ("z", *LAW.parts, "kl")}
+        made.tables |= {f"{name}{kind}": [[1e-6, 2e-6], [0.0, 1e-5], [1e-3, 1e-4]] for name in LAW.parts}
     made.tables["kl"] = [[1e-6, 2e-6], [0.0, 1e-5], [1e-3, 1e-4]]
     made.curves |= {"diverged": [0.0, 0.5, 1.0], "same picks": [1.0, 0.9, 0.8]}
     made.histograms = {"reference": [5, 1, 0, 2], "deployed": [5, 0, 1, 2], "divergence step": [0, 1, 0]}

@@ -14,15 +14,16 @@ from onnx.reference import ReferenceEvaluator
 from test_model import CAUSAL, MASKED, random_model, random_tokens
 
 from arinar.config import ArinarConfig
-from arinar.export.bundle import graph_specs
 from arinar.export.cpu import cpu_form, write_cpu_form
+from arinar.export.gmm_head import InnerCondition, InnerStep
+from arinar.export.graphs import graph_specs
 from arinar.export.onnx_edit import split_products
-from arinar.export.steps import CausalPrefill, CausalStep, InnerCondition, InnerStep, MaskedStep, cache_slots
+from arinar.export.steps import CausalPrefill, CausalStep, MaskedStep, cache_slots
 from arinar.export.trace import WeightStore, export_graph, validate_graph
 from arinar.model import Arinar, initialize
 from arinar.runtime import Pipeline
-from arinar.runtime.backends.onnxruntime_cpu import LAUNCH_POSITIONS, OnnxRuntimeCpu
-from arinar.runtime.loop import KEPT_LABELS, divided
+from arinar.runtime.backends.cpu import LAUNCH_POSITIONS, CpuBackend, _ranges
+from arinar.runtime.outer import KEPT_LABELS, MaskedOuter
 from arinar.vae import AutoencoderKL
 
 EXACT = 1e-12
@@ -182,26 +183,28 @@ def test_what_is_not_attention_stays_as_it_is(graph: Path) -> None:
 
 def test_the_first_step_is_kept_per_label(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, plain = Pipeline.load(digits_bundle), Pipeline.load(digits_bundle)
-    plain.loop.keep_first_step = False
+    first, other = kept.loop.outer, plain.loop.outer
+    assert isinstance(first, MaskedOuter) and isinstance(other, MaskedOuter)
+    other.keep_first_step = False
     for labels in ([3], [3, 3, 8], [8, 1]):
         ours, theirs = (p.generate(labels, num_iter=6, seed=2).tokens for p in (kept, plain))
         assert np.abs(ours - theirs).max() < 1e-4
-    sizes: list[int] = []
-    launch_all = kept.backend.launch_all
-    monkeypatch.setattr(kept.backend, "launch_all", lambda graph, jobs: (sizes.append(len(jobs)), launch_all(graph, jobs))[1])
+    launched: list[str] = []
+    launch = kept.backend.launch
+    monkeypatch.setattr(kept.backend, "launch", lambda graph, *others: (launched.append(graph), launch(graph, *others))[1])
     kept.generate([1, 3, 8, 8], num_iter=1, guidance_scale=2.0)
-    assert sizes[0] == 0  # nothing of the first step is computed again
-    assert set(kept.loop._first_z) == {-1, 1, 3, 8}
-    kept.loop._first_z = {label: kept.loop._first_z[1] for label in range(100, 100 + KEPT_LABELS)}
+    assert launched[0] == "inner_token_guided"  # nothing of the first step is computed again
+    assert set(first.first) == {-1, 1, 3, 8}
+    first.first = {label: first.first[1] for label in range(100, 100 + KEPT_LABELS)}
     kept.generate([5], num_iter=1, guidance_scale=2.0)
-    assert len(kept.loop._first_z) == KEPT_LABELS and {5, -1} <= set(kept.loop._first_z)
+    assert len(first.first) == KEPT_LABELS and {5, -1} <= set(first.first)
 
 
 def test_how_rows_are_divided(digits_bundle: Path) -> None:
     def parts(threads: int, rows: int, graph: str = "outer_step") -> int:
         backend = Pipeline.load(digits_bundle, threads=threads, verify=False).backend
-        assert isinstance(backend, OnnxRuntimeCpu)
-        return backend.parts(graph, rows)
+        assert isinstance(backend, CpuBackend)
+        return backend._parts(backend._info(graph), rows)
 
     assert [parts(2, rows) for rows in (1, 2, 3, 4)] == [1, 2, 1, 2]
     assert [parts(4, rows) for rows in (2, 4, 6, 8, 17)] == [1, 4, 1, 4, 4]
@@ -211,6 +214,6 @@ def test_how_rows_are_divided(digits_bundle: Path) -> None:
     assert [parts(2, rows, "inner_token_guided") for rows in (1, 2, 3, 64)] == [1, 2, 2, 2]
     for count in range(1, 9):
         for wanted in range(1, 9):
-            found = divided(count, wanted)
+            found = list(_ranges(count, wanted))
             assert [i for part in found for i in range(count)[part]] == list(range(count))
             assert len(found) == min(count, wanted) and all(part.stop > part.start for part in found)
