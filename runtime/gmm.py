@@ -78,9 +78,9 @@ def sample(
     """
     scale, heat = np.asarray(guidance_scale, np.float64), np.asarray(temperature, np.float64)
     if not (np.isfinite(scale) & (scale >= 1)).all():
-        raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number, at least 1")
+        raise ValueError(f"guidance_scale is {guidance_scale!r}; expected a finite number, at least 1")
     if not (np.isfinite(heat) & (heat > 0)).all():
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
+        raise ValueError(f"temperature is {temperature!r}; expected a finite number above 0")
     if num_candidates < 1:
         raise ValueError(f"num_candidates is {num_candidates}; expected at least 1")
     p_cond = _check_mixture("cond", cond)

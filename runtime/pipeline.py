@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from .bundle import Bundle, Manifest
 from .loop import Loop, Made, Seconds
 from .noise import Noise
 from .request import Sampling
+from .state import State
 
 
 class GenerationCancelled(Exception):
@@ -63,7 +65,9 @@ class Progress:
     _preview: Callable[[], list[Image.Image]] = field(default=list, repr=False, compare=False)
 
     def preview(self) -> list[Image.Image]:
-        """The images ``rows`` as far as they are known by now, unknown tokens neutral (zero). Costs a run of the VAE."""
+        """The images ``rows`` as far as they are known by now, unknown tokens neutral (zero). Costs a run of the VAE.
+
+        Raises RuntimeError once later steps have finished the images, or the call was cancelled."""
         return self._preview()
 
 
@@ -165,8 +169,8 @@ class Pipeline:
             noise=noise,
             batch_size=batch_size,
         )
-        with self._turn():
-            for progress in self._walk(sampling, began, watched=callback is not None):
+        with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
+            for progress in walk:
                 if callback is not None and callback(progress) is True:
                     raise GenerationCancelled(f"cancelled at step {progress.step} of {progress.num_iter}")
         assert progress.result is not None
@@ -212,7 +216,7 @@ class Pipeline:
             walk = self.loop.walk(batch, seconds, watched=watched)
             known = (len(batch.plan), done, count, tuple(int(row) for row in rows))
             for step in batch.plan[:-1]:
-                show = partial(self._show, next(walk).state, len(rows))
+                show = partial(self._show, walk, next(walk).state, len(rows))
                 yield Progress(step.index + 1, *known, _preview=show)
             next(walk)
             made = _result(walk)
@@ -228,8 +232,10 @@ class Pipeline:
             finished = [images[row] for row in rows]
             yield Progress(len(batch.plan), *known, result=result, _preview=finished.copy)
 
-    def _show(self, state: Any, count: int) -> list[Image.Image]:
+    def _show(self, walk: Generator[Any, None, Made], state: State, count: int) -> list[Image.Image]:
         with self._turn(nested=True):
+            if inspect.getgeneratorstate(walk) == inspect.GEN_CLOSED:  # the buffers are somebody else's by now
+                raise RuntimeError("these images are finished, or were cancelled; preview() is for while they are being made")
             self.loop.decode(state)
             images = self.backend.download(state.images)[:count]
             return [Image.fromarray(image.copy()) for image in images]

@@ -111,7 +111,7 @@ def test_export_of_a_foreign_checkpoint_without_vae(golden: Path, tmp_path: Path
 def test_inspect_bundle_checkpoint_and_demo(digits_bundle: Path, tmp_path: Path) -> None:
     text = arinar("inspect", digits_bundle)
     assert text.exit_code == 0 and "all hashes match" in text.output and "outer_step" in text.output
-    assert json.loads(arinar("inspect", digits_bundle, "--json").stdout)["format_version"] == 1
+    assert json.loads(arinar("inspect", digits_bundle, "--json").stdout)["format_version"] == 2
     info = json.loads(arinar("inspect", "digits", "--json").stdout)
     assert info["kind"] == "arinar" and info["config"]["img_size"] == 32
     copy = Path(shutil.copytree(digits_bundle, tmp_path / "b"))

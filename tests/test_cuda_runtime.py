@@ -86,8 +86,8 @@ def cpu(path: Path, **options: Any) -> Pipeline:
     pipeline = Pipeline.load(path, backend="onnxruntime-cpu", threads=1, verify=False, **options)
     backend: Any = pipeline.backend
     backend._graphs = {name: replace(info, cpu_file=None) for name, info in backend._graphs.items()}
-    backend.parts = lambda graph, rows: 1
-    pipeline.loop.keep_first_step = False
+    backend._parts = lambda info, rows: 1
+    pipeline.loop.outer.keep_first_step = False  # type: ignore[union-attr]
     return pipeline
 
 
@@ -136,24 +136,29 @@ def test_without_cuda_graphs(digits: Path, runtime: FakeCudaRuntime, trt: Any, m
         assert_same(pipeline.generate(LABELS, seed=1), want)
     assert not any("Graph" in name or "Capture" in name for name in runtime.names())
     assert all(len(engine.contexts) == 1 for engine in trt.engines.values())
-    monkeypatch.setenv("ARINAR_CUDA_GRAPHS", "0")
-    assert not gpu(digits, runtime).backend.cuda_graphs  # type: ignore[attr-defined]
-    monkeypatch.setenv("ARINAR_CUDA_GRAPHS", "yes")
-    with pytest.raises(ValueError, match="expected 0 or 1"):
-        gpu(digits, runtime)
+    assert pipeline.backend.describe() == {"cuda_graphs": False}
+    assert gpu(digits, runtime).backend.describe() == {"cuda_graphs": True}
 
 
 def test_the_switch_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the backend as an argument; without it nothing is said, so that every backend keeps its own default."""
     from click.testing import CliRunner
 
     from arinar.cli import main
 
-    monkeypatch.setenv("ARINAR_CUDA_GRAPHS", "")
+    given: list[dict[str, Any]] = []
+
+    def load(path: Path, **options: Any) -> Pipeline:
+        given.append(options)
+        raise BundleError("no bundle there")
+
+    monkeypatch.setattr(Pipeline, "load", load)
     arguments = ["generate", str(tmp_path), "--labels", "1", "-o", str(tmp_path / "out")]
-    assert CliRunner().invoke(main, arguments).exit_code == 2  # no bundle there
-    assert os.environ["ARINAR_CUDA_GRAPHS"] == ""
-    CliRunner().invoke(main, [*arguments, "--no-cuda-graphs"])
-    assert os.environ["ARINAR_CUDA_GRAPHS"] == "0"
+    before = dict(os.environ)
+    for words in ([], ["--no-cuda-graphs"]):
+        assert CliRunner().invoke(main, [*arguments, *words]).exit_code == 2
+    assert given == [{"backend": None, "precision": None}, {"backend": None, "precision": None, "cuda_graphs": False}]
+    assert dict(os.environ) == before
 
 
 def test_a_replayed_image_is_uploads_graphs_downloads(digits: Path, runtime: FakeCudaRuntime, trt: Any) -> None:
@@ -166,8 +171,10 @@ def test_a_replayed_image_is_uploads_graphs_downloads(digits: Path, runtime: Fak
     kinds = [call[4].name[10:] if call[0] == "cudaMemcpyAsync" else call[0] for call in calls]
     graphs = kinds.count("cudaGraphLaunch")
     assert graphs == len(runtime.graphs) >= 1
-    # order, ranks, uniforms, labels, scales, temperature; then tokens, latents, images.
-    want = [to_device.name[10:]] * 6 + ["cudaSetDevice"] + ["cudaGraphLaunch"] * graphs
+    # Order, ranks, labels, guidance, temperature; no tokens yet; uniforms. A graph for each step, one for decoding. Then
+    # tokens, latents, images.
+    want = [to_device.name[10:]] * 5 + ["cudaMemsetAsync", to_device.name[10:]]
+    want += ["cudaSetDevice", "cudaGraphLaunch"] * (pipeline.bundle.manifest.defaults.num_iter + 1)
     want += [to_host.name[10:], "cudaStreamSynchronize"] * 3
     assert kinds == want
 
@@ -180,9 +187,9 @@ def test_nothing_is_copied_to_or_from_the_host_during_the_steps(
     pipeline = gpu(bundles[kind], runtime, inner=inner)
     execute, spans = pipeline.backend.execute, []
 
-    def spy(key: Any, launches: Any) -> None:
+    def spy(owner: Any, key: Any, launches: Any) -> None:
         start = len(runtime.log)
-        execute(key, launches)
+        execute(owner, key, launches)
         spans.append(runtime.log[start:])
 
     monkeypatch.setattr(pipeline.backend, "execute", spy)
@@ -192,9 +199,10 @@ def test_nothing_is_copied_to_or_from_the_host_during_the_steps(
         for call in calls:
             if call[0] == "cudaMemcpyAsync":
                 assert call[4] == cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    for calls in spans[1:]:  # the warm-up allocates and waits; from the capture on, nothing does
+    steps = len(spans) // 3  # of an image, decoding included
+    for calls in spans[steps:]:  # the warm-up allocates and waits; from the capture on, nothing does
         assert not {"cudaMalloc", "cudaFree", "cudaStreamSynchronize", "cudaMemsetAsync"} & {call[0] for call in calls}
-    names = [call[0] for call in spans[1]]
+    names = [call[0] for call in spans[steps]]
     begin, end = names.index("cudaStreamBeginCapture"), len(names) - 1 - names[::-1].index("cudaStreamEndCapture")
     assert names.index("cudaGraphLaunch") > end > begin
 
@@ -211,12 +219,12 @@ def test_addresses_and_shapes_are_told_once(bundles: dict[str, Path], runtime: F
     assert contexts == {name: len(e.contexts) for name, e in trt.engines.items()}
     # One shape in all steps: one context, and the caches and z are bound where the loop keeps them.
     (context,) = engine.contexts
-    (state,) = pipeline.loop._states.values()
-    assert state.cache is not None
-    for name, buffer in {**state.cache.past, **state.cache.present, "z": state.z, "rows": state.rows}.items():
+    (state,) = pipeline.loop._idle
+    own = state.outer
+    for name, buffer in {**own.cache.past, **own.cache.present, "z": state.z, "rows": own.rows}.items():
         assert context.addresses[name] == buffer.pointer
     # The position is another slice of a table at every step: it has to be staged.
-    assert context.addresses["position"] not in range(state.positions.pointer, state.positions.pointer + 8 * 16)
+    assert context.addresses["position"] not in range(own.positions.pointer, own.positions.pointer + 8 * 16)
 
 
 def test_every_shape_of_a_masked_model_has_its_context_and_they_share_scratch(
@@ -239,22 +247,22 @@ def test_forgotten_sequences_free_their_graphs_and_contexts(digits: Path, runtim
     pipeline = gpu(digits, runtime)
     for _ in range(2):
         pipeline.generate([1], num_iter=2)
-    assert len(runtime.graphs) == 1
+    assert len(runtime.graphs) == 3  # two steps, decoding
     for batch in range(2, 2 + KEPT_STATES):  # pushes the first shape out
         pipeline.generate([1] * batch, num_iter=2)
     assert not runtime.graphs and "cudaGraphExecDestroy" in runtime.names()
-    assert len(pipeline.backend._sequences) == KEPT_STATES  # type: ignore[attr-defined]
+    assert len(pipeline.backend._owned) == KEPT_STATES  # type: ignore[attr-defined]
 
 
 def test_long_sequences_become_several_graphs(
     digits: Path, runtime: FakeCudaRuntime, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_backend, "LAUNCHES_PER_GRAPH", 3)
-    want = cpu(digits).generate(LABELS, seed=5, num_iter=4)
-    pipeline = gpu(digits, runtime)
+    want = cpu(digits, inner="stepwise").generate(LABELS, seed=5, num_iter=1)
+    pipeline = gpu(digits, runtime, inner="stepwise")
     for _ in range(3):
-        assert_same(pipeline.generate(LABELS, seed=5, num_iter=4), want)
-    assert len(runtime.graphs) == 4  # 4 x (outer, inner), tokens to latents, VAE = 10 launches
+        assert_same(pipeline.generate(LABELS, seed=5, num_iter=1), want)
+    assert len(runtime.graphs) == 12 + 1  # outer, conditioning, 16 x (step, draw) = 34 launches; decoding: 2
 
 
 @pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
@@ -274,7 +282,7 @@ def test_a_failed_capture_falls_back_with_one_warning(digits: Path, runtime: Fak
 
         runtime.__dict__["cudaStreamEndCapture"] = failing
         assert end is not failing
-    with pytest.warns(RuntimeWarning, match=r"could not be captured.*cudaErrorStreamCaptureInvalidated.*ARINAR_CUDA_GRAPHS=0"):
+    with pytest.warns(RuntimeWarning, match=r"could not be captured.*cudaErrorStreamCaptureInvalidated.*no-cuda-graphs"):
         assert_same(pipeline.generate(LABELS, seed=5, num_iter=3), want)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -497,11 +505,11 @@ def test_aliased_caches_in_a_captured_sequence(updater: Any, runtime: FakeCudaRu
 
     total = np.arange(16, dtype=np.float32).reshape(4, 4).sum(0) + 1
     for times in range(1, 4):
-        backend.execute(("k",), launches)
+        backend.execute("owner", "key", launches)
         assert (backend.download(cache) == times * total).all()
     assert len(runtime.graphs) == 1
-    backend.forget(("k",))
-    backend.forget(("unknown",))
+    backend.forget("owner")
+    backend.forget("nobody")
     assert not runtime.graphs
 
 

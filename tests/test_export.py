@@ -237,7 +237,7 @@ def test_an_axis_that_came_out_fixed_is_an_error(tmp_path: Path) -> None:
             return torch.zeros(3, 4) + x.sum()
 
     spec = _spec(1.0)
-    broken = GraphSpec(spec.name, Fixed(), spec.inputs, spec.outputs, {}, spec.sizes)
+    broken = GraphSpec(spec.name, Fixed(), spec.inputs, spec.outputs, {}, spec.sizes, "head")
     with pytest.raises(ExportError, match=r"axis 0 \(N\) of output 'y' came out fixed at 3"):
         export_graph(broken, tmp_path, WeightStore(tmp_path / "weights.data"))
 

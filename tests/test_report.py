@@ -20,7 +20,7 @@ from arinar.measure.parity_report import render, write_report
 
 @pytest.fixture
 def report() -> ParityReport:
-    made = ParityReport("int8", "onnxruntime-cpu", {"labels": list(range(12)), "seed": 3})
+    made = ParityReport("int8", "onnxruntime-cpu", {"labels": list(range(12)), "seed": 3}, scheme="int8", parts=LAW.titles)
     made.checks += [
         Check("graph", "outer_step", 1e-6, 1e-4),
         Check("teacher-forced", "z <max>", 2e-3, 1e-4, note="first beyond the limit at step 4", step=4),

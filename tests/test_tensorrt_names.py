@@ -25,14 +25,14 @@ import numpy as np
 import pytest
 from test_engine import FAKE
 
-import arinar.export.engine
+import arinar.export.builder
 import arinar.runtime
 import arinar.runtime.backends.tensorrt
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 pytestmark = [pytest.mark.requires_rtx, pytest.mark.skipif(not HAS_RTX, reason="tensorrt_rtx is not installed")]
 
-SOURCES = [Path(str(module.__file__)) for module in (arinar.export.engine, arinar.runtime.backends.tensorrt)]
+SOURCES = [Path(str(module.__file__)) for module in (arinar.export.builder, arinar.runtime.backends.tensorrt)]
 #: Where these modules keep the library.
 LIBRARY = ("trt", "self._trt", "library")
 
@@ -146,7 +146,7 @@ def test_what_is_asked_of_the_module(trt: Any) -> None:
                 missing.add(name)
                 break
             value = getattr(value, part)
-    # `library` is a word of our own as well, in export/engine.py: the tests' and the builder's description of one.
+    # `library` is a word of our own as well, in export/builder.py: the tests' and the builder's description of one.
     assert missing <= {"module", "targets", "version"}
 
 
@@ -184,7 +184,7 @@ def own_names() -> set[str]:
         np.ndarray,
     ):
         names.update(dir(kind))
-    for module in (arinar.export.engine, arinar.runtime.backends.tensorrt):
+    for module in (arinar.export.builder, arinar.runtime.backends.tensorrt):
         for value in vars(module).values():  # os, json, subprocess, ..., and the classes that come from them
             if isinstance(value, (types.ModuleType, type)):
                 names.update(dir(value))

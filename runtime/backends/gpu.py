@@ -48,17 +48,17 @@ class Binding:
 
 @dataclass
 class Recording:
-    """One sequence of launches: how often it has run, whether to capture it, the graphs that replay it."""
+    """One sequence of launches: how often it has run, the graphs that replay it."""
 
-    capture: bool = True
     runs: int = 0
     graphs: list[Any] = field(default_factory=list)
 
 
 @dataclass
 class Owned:
-    """What belongs to the buffers of one owner: its sequences, and what their launches are bound to."""
+    """What belongs to the buffers of one owner: its sequences, whether to capture them, what their launches are bound to."""
 
+    capture: bool = True
     sequences: dict[Hashable, Recording] = field(default_factory=dict)
     bindings: dict[Any, Binding] = field(default_factory=dict)
 
@@ -167,8 +167,8 @@ class CudaBackend:
         if not sequence.graphs:
             self._current = owned, sequence
             try:
-                if sequence.runs and sequence.capture:
-                    self._capture(sequence, launches)
+                if sequence.runs and owned.capture:
+                    self._capture(owned, sequence, launches)
                 if not sequence.graphs:
                     launches()
                     if not sequence.runs:
@@ -179,8 +179,8 @@ class CudaBackend:
         for graph in sequence.graphs:
             self.cuda.launch_graph(graph)
 
-    def _capture(self, sequence: Recording, launches: Callable[[], None]) -> None:
-        """Record the launches, without running them; where that fails, say so once and never try this key again."""
+    def _capture(self, owned: Owned, sequence: Recording, launches: Callable[[], None]) -> None:
+        """Record the launches, without running them; where that fails, say so once and never try this owner's again."""
         self._captured_launches = 0
         try:
             self.cuda.begin_capture()
@@ -189,7 +189,7 @@ class CudaBackend:
         except Exception as error:
             self.cuda.abandon_capture()
             _destroy_graphs(self.cuda, sequence)
-            sequence.capture = False
+            owned.capture = False
             warnings.warn(
                 f"{self.name}: the launches could not be captured in a CUDA graph ({error}); they are issued one by "
                 f"one instead, which is slower. cuda_graphs=False (--no-cuda-graphs) does without the attempt",

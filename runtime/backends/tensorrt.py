@@ -227,7 +227,7 @@ class TensorRt(CudaBackend):
         if not context.execute_async_v3(self.cuda.stream):
             raise self._failure(f"graph {graph!r} did not run")
         if self._current is not None and not self.cuda.capturing and hasattr(context, "is_stream_capturable"):
-            self._current[1].capture &= bool(context.is_stream_capturable(self.cuda.stream))
+            self._current[0].capture &= bool(context.is_stream_capturable(self.cuda.stream))
 
     def _failure(self, what: str, remedy: str = "") -> CudaError:
         logged = self._log.recent()
