@@ -86,64 +86,30 @@ def sample(
     -------
     tokens : (B, L, D), raster order.
     """
-    config = model.config
-    dtype, device = model.fake_latent.dtype, model.fake_latent.device
-    labels = labels.to(device)
-    batch, length = len(labels), config.seq_len
-    causal = isinstance(model, CausalArinar)
-    if num_iter is None:
-        num_iter = length if causal else config.default_num_iter
-    if causal and num_iter != length:
-        raise ValueError(f"num_iter is {num_iter}; a causal model generates one token a step: {length}")
-    scales, heats = (_per_label(value, batch) for value in (guidance_scale, temperature))
-    # NaN fails too.
-    if not (all(1 <= scale < math.inf for scale in scales) and all(0 < heat < math.inf for heat in heats)):
-        raise ValueError(
-            f"guidance_scale is {guidance_scale}, temperature is {temperature}; expected at least 1 and above 0, both finite"
-        )
-    plan = steps(length, num_iter)
+    config, device = model.config, model.fake_latent.device
+    length, batch = config.seq_len, len(labels)
+    scales, heats = _checked(guidance_scale, batch, 1.0), _checked(temperature, batch, 0.0, strict=True)
+    plan = steps(length, _num_iter(model, num_iter))
     check_cfg_schedule(cfg_schedule)
     if generator is None:
         generator = torch.Generator(device="cpu")
-        if seed is not None:
-            generator.manual_seed(seed)
-        else:
-            generator.seed()
-
-    given = None if noise is None else noise.draws
-    guided = bool((scales != 1.0).any())
-    both_labels = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
-    if causal:
-        order = torch.tensor([config.generation_order] * batch, device=device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+    if isinstance(model, CausalArinar):
         # Generation runs from the end of `order` to its start; a causal model's order is given first to last.
-        order = order.flip(1)
+        order = torch.tensor([config.generation_order] * batch, device=device).flip(1)
     elif noise is not None:
         order = torch.as_tensor(noise.order, device=device)
     elif order is None:
         order = torch.rand(batch, length, generator=generator, device=generator.device).argsort(1).to(device)
 
-    tokens = torch.zeros(batch, length, config.token_dim, dtype=dtype, device=device)
+    outer = _Outer(model, labels.to(device), guided=bool((scales != 1.0).any()))
+    given = None if noise is None else torch.as_tensor(noise.draws, device=device)
+    tokens = torch.zeros(batch, length, config.token_dim, dtype=model.fake_latent.dtype, device=device)
     rows = torch.arange(batch, device=device)[:, None]
-    cache: Any = None
     for step in plan:
         positions = order[:, step.remaining : step.masked]  # (B, P)
-        if causal:
-            assert isinstance(model, CausalArinar)
-            if step.index == 0:
-                z, cache = model.prefill(both_labels)
-            else:
-                last = tokens[rows, order[:, step.masked : step.masked + 1]]  # (B, 1, D)
-                z, cache = model.step(last.repeat(2 if guided else 1, 1, 1), step.index - 1, cache)
-        else:
-            mask = torch.zeros(batch, length, dtype=dtype, device=device)
-            mask[rows, order[:, : step.masked]] = 1
-            copies = 2 if guided else 1
-            z = model.condition(tokens.repeat(copies, 1, 1), mask.repeat(copies, 1), both_labels)
-            picked = positions.repeat(copies, 1)
-            z = z[torch.arange(len(z), device=device)[:, None], picked]  # (2B, P, C)
-        z = z.flatten(0, 1)  # (2BP, C)
-        z_cond, z_uncond = z.chunk(2) if guided else (z, None)
-        draws = None if given is None else torch.as_tensor(given, device=device)[rows, positions].flatten(0, 1)
+        z_cond, z_uncond = outer.step(tokens, order, step)
+        draws = None if given is None else given[rows, positions].flatten(0, 1)
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
         scale_rows, heat_rows = (value.repeat_interleave(step.count) for value in (guidance, heats.to(device)))
@@ -154,6 +120,47 @@ def sample(
     return tokens
 
 
-def _per_label(value: float | Sequence[float], batch: int) -> Tensor:
-    """(B,) float64."""
-    return torch.as_tensor(value, dtype=torch.float64).expand(batch)
+class _Outer:
+    """The outer model step by step, everything computed anew, but for a causal model's cache."""
+
+    def __init__(self, model: Arinar, labels: Tensor, *, guided: bool) -> None:
+        self.model, self.copies = model, 2 if guided else 1
+        self.labels = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
+        self.cache: Any = None
+
+    def step(self, tokens: Tensor, order: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """tokens (B, L, D) as far as they are known, order (B, L) -> z (B * P, C) of the step's positions, image by image,
+        in the conditional branch and, where there is guidance, in the other."""
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        if not isinstance(self.model, CausalArinar):
+            mask = torch.zeros(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
+            mask[rows, order[:, : step.masked]] = 1
+            z = self.model.condition(tokens.repeat(self.copies, 1, 1), mask.repeat(self.copies, 1), self.labels)
+            picked = order[:, step.remaining : step.masked].repeat(self.copies, 1)
+            z = z[torch.arange(len(z), device=z.device)[:, None], picked]  # (G * B, P, C)
+        elif step.index == 0:
+            z, self.cache = self.model.prefill(self.labels)
+        else:
+            last = tokens[rows, order[:, step.masked : step.masked + 1]]  # (B, 1, D)
+            z, self.cache = self.model.step(last.repeat(self.copies, 1, 1), step.index - 1, self.cache)
+        cond, *uncond = z.flatten(0, 1).chunk(self.copies)
+        return cond, uncond[0] if uncond else None
+
+
+def _num_iter(model: Arinar, num_iter: int | None) -> int:
+    """The number of outer steps that is meant. Raises ValueError for one that a causal model does not take."""
+    length = model.config.seq_len
+    if not isinstance(model, CausalArinar):
+        return model.config.default_num_iter if num_iter is None else num_iter
+    if num_iter not in (None, length):
+        raise ValueError(f"num_iter is {num_iter}; a causal model generates one token a step: {length}")
+    return length
+
+
+def _checked(value: float | Sequence[float], batch: int, least: float, *, strict: bool = False) -> Tensor:
+    """(B,) float64. Raises ValueError for a value out of range."""
+    found = torch.as_tensor(value, dtype=torch.float64).expand(batch)
+    if not all(least <= one < math.inf and not (strict and one == least) for one in found):  # NaN fails too
+        name = "temperature" if strict else "guidance_scale"
+        raise ValueError(f"{name} is {value}; expected {'above' if strict else 'at least'} {least:g}, and finite")
+    return found

@@ -30,7 +30,7 @@ from arinar.checkpoint import load_arinar, load_vae
 from arinar.config import PRESETS
 from arinar.demo import DEMO_MODELS
 from arinar.export.bundle import export_bundle
-from arinar.export.layers import SCHEMES, LayerPlan
+from arinar.export.layers import LayerPlan
 from arinar.export.quantize import Calibration, quantize_bundle, variant_bytes
 from arinar.measure.checks import parse_thresholds as thresholds_of
 from arinar.measure.distribution import References, compare, make_references
@@ -39,6 +39,7 @@ from arinar.measure.parity_report import write_report
 from arinar.model import Arinar, random_models
 from arinar.runtime import Pipeline
 from arinar.runtime.bundle import Bundle
+from arinar.schemes import QUANTIZED
 from arinar.vae import AutoencoderKL
 
 RESULTS = Path(__file__).parent / "results"
@@ -159,7 +160,7 @@ def main() -> None:
             num_iter=options.num_iter,
             batch_size=min(8, options.calibration_images),
             progress=say,
-            precisions=() if options.no_search else tuple(SCHEMES),
+            precisions=() if options.no_search else QUANTIZED,
         )
         made = add_variants(folder, model, vae, calib, Recording.load(calib.with_suffix(".npz")), say)
         references = None

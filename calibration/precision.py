@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import ArinarConfig
-from arinar.export.layers import SCHEMES, Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
+from arinar.export.layers import Graph, Layer, LayerPlan, layer_bytes, layer_graphs, smooth_scale, total_bytes
 from arinar.files import check_writable, write_text
 from arinar.law import Parts, law_of
 from arinar.runtime.backends.cpu import Buffers, CpuBackend
 from arinar.runtime.bundle import Bundle, Defaults, GraphInfo
 from arinar.runtime.head import Head, head_class
+from arinar.schemes import QUANTIZED, SCHEMES
 
 from .collect import FP16_MAX, check_arguments, collect, open_session
 from .ranges import METHODS
@@ -124,7 +125,7 @@ class Evaluator:
 
 def layer_plan(layer: Layer, recording: Recording, scheme: str, method: str) -> LayerPlan:
     """How to quantise a layer with the recorded ranges. ``method``: one of ``METHODS``, or "smooth"."""
-    if scheme == "int8":
+    if SCHEMES[scheme].ranges == "dynamic":
         return LayerPlan(scheme)
     statistics = recording.layers[layer.name]
     if method == "smooth":
@@ -135,9 +136,10 @@ def layer_plan(layer: Layer, recording: Recording, scheme: str, method: str) -> 
 
 def methods_of(scheme: str) -> tuple[str, ...]:
     """Ways to choose ranges that make sense for a scheme. (A float format wastes nothing on a long tail.)"""
-    if scheme == "int8":
+    known = SCHEMES[scheme]
+    if known.ranges == "dynamic":
         return ("dynamic",)
-    return ("absmax", "smooth") if scheme == "fp8" else (*METHODS, "smooth")
+    return (*METHODS, "smooth") if known.integers else ("absmax", "smooth")
 
 
 def sensitivity(
@@ -228,13 +230,13 @@ def check(
     out: str | os.PathLike[str],
     *,
     budget_kl: float = DEFAULT_BUDGET_KL,
-    precisions: Sequence[str] = tuple(SCHEMES),
+    precisions: Sequence[str] = QUANTIZED,
     **recording_arguments: Any,
 ) -> None:
     """Raise for whatever :func:`calibrate` would not accept, before anything long begins."""
     for name in precisions:
-        if name not in SCHEMES:
-            raise ValueError(f"precision is {name!r}; choose from {', '.join(SCHEMES)}")
+        if name not in QUANTIZED:
+            raise ValueError(f"precision is {name!r}; choose from {', '.join(QUANTIZED)}")
     if not 0 < budget_kl < math.inf:
         raise ValueError(f"budget_kl is {budget_kl}; expected a number of nats above 0, for example {DEFAULT_BUDGET_KL:g}")
     check_arguments(config, defaults, **recording_arguments)
@@ -251,7 +253,7 @@ def calibrate(
     *,
     num_images: int = 64,
     budget_kl: float = DEFAULT_BUDGET_KL,
-    precisions: Sequence[str] = tuple(SCHEMES),
+    precisions: Sequence[str] = QUANTIZED,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
     **recording_arguments: Any,
@@ -264,7 +266,7 @@ def calibrate(
     out : JSON file to write. Recorded inputs are kept beside it (``.npz``); an interrupted run leaves that file too
         and goes on from it.
     budget_kl : largest mean divergence per feature, in nats, of a precision map.
-    precisions : which of ``SCHEMES`` to rank layers and search a map for; () only records.
+    precisions : which of `arinar.schemes.QUANTIZED` to rank layers and search a map for; () only records.
     recording_arguments : as for :func:`arinar.calibration.collect.check_arguments`.
 
     Raises CalibrationError, ValueError (BundleError for a damaged bundle), or FloatingPointError (which names layer and
@@ -314,7 +316,9 @@ def _precision_map(
     best = min(by_method, key=lambda name: by_method[name].kl)
     plans = {layer.name: layer_plan(layer, recording, scheme, best) for layer in wide}
     ranking = sensitivity(evaluator, plans, say)
-    if scheme == "int8-static":
+    known = SCHEMES[scheme]
+    refined = known.integers and known.ranges == "static"
+    if refined:
         plans, ranking = refine(evaluator, recording, plans, ranking, scheme, say)
     chosen, cost = search(evaluator, plans, ranking, budget_kl)
     fp32 = [name for name in evaluator.layers if name not in chosen]
@@ -326,7 +330,7 @@ def _precision_map(
         "kl_worst": cost.kl_worst,
         "z_error": cost.z_error,
         "kl_by_method_all_layers": {name: value.kl for name, value in by_method.items()},
-        "refined": scheme == "int8-static",
+        "refined": refined,
         "bytes": total_bytes(evaluator.layers.values(), chosen),
         "bytes_fp32": total_bytes(evaluator.layers.values(), {}),
         "quantized": {name: _plan_entry(plan) for name, plan in chosen.items()},

@@ -62,15 +62,15 @@ def export(
     Example:  arinar export checkpoint-last.pth --vae kl16.ckpt -o bundle/
               arinar export digits -o digits-bundle/
     """
-    from arinar.export.layers import SCHEMES
+    from arinar.schemes import QUANTIZED
 
-    if precision in SCHEMES:
+    if precision in QUANTIZED:
         manifest = _export_quantized(checkpoint, vae, out, precision, calibration, opset, overwrite, options)
         if as_json:
             click.echo(manifest.to_json(), nl=False)
         return
     if calibration is not None:
-        raise click.UsageError(f"--calibration is for {', '.join(SCHEMES)}; {precision} has no use for it")
+        raise click.UsageError(f"--calibration is for {', '.join(QUANTIZED)}; {precision} has no use for it")
     from arinar.export.bundle import export_bundle
 
     model, autoencoder = load_models(checkpoint, vae, **options)
@@ -177,7 +177,7 @@ def calibrate(
     from arinar.calibration.precision import calibrate as run
     from arinar.calibration.precision import check
     from arinar.demo import DEMO_MODELS
-    from arinar.export.layers import SCHEMES
+    from arinar.schemes import QUANTIZED
 
     arguments = without_none(SAMPLING.of(options)) | {
         "num_images": num_images,
@@ -185,7 +185,7 @@ def calibrate(
         "batch_size": batch_size,
         "budget_kl": budget_kl,
     }
-    arguments["precisions"] = precisions or tuple(SCHEMES)
+    arguments["precisions"] = precisions or QUANTIZED
     with contextlib.ExitStack() as stack:
         bundle = Path(model)
         if bundle.is_dir() and vae is not None:

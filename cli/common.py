@@ -87,7 +87,7 @@ SAMPLING = Options(
 
 RUNTIME = Options(
     click.option(
-        "--backend", help="Execution backend: onnxruntime-cpu, onnxruntime-cuda, tensorrt. [default: the best available]"
+        "--backend", help="Execution backend, e.g. onnxruntime-cpu or tensorrt (a wrong name lists all). [default: the best]"
     ),
     click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]"),

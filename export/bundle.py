@@ -18,7 +18,6 @@ from arinar.config import ArinarConfig
 from arinar.model import Arinar
 from arinar.runtime.bundle import (
     MANIFEST_NAME,
-    PRECISIONS,
     Bundle,
     BundleError,
     Defaults,
@@ -26,6 +25,7 @@ from arinar.runtime.bundle import (
     Manifest,
     file_info,
 )
+from arinar.schemes import QUANTIZED, TRACED
 from arinar.vae import AutoencoderKL
 
 from .cpu import cpu_path, write_cpu_form
@@ -91,8 +91,8 @@ def export_bundle(
     ValueError, BundleError : bad arguments, or ``out`` cannot be written to.
     ExportError : a graph does not compute what its module computes. Nothing is left behind.
     """
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision is {precision!r}; this exporter traces fp32 and fp16 (others: {PRECISIONS[2:]})")
+    if precision not in TRACED:
+        raise ValueError(f"precision is {precision!r}; this exporter traces fp32 and fp16 (others: {QUANTIZED})")
     if vae_precision not in ("fp32", "fp16"):
         raise ValueError(f"vae_precision is {vae_precision!r}; choose one of fp32, fp16")
     if vae_precision != "fp32" and precision == "fp32":

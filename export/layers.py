@@ -20,18 +20,12 @@ import onnx.reference
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from arinar.runtime.bundle import PHASES, GraphInfo
+from arinar.schemes import QUANTIZED, SCHEMES
 
 from .onnx_edit import remove_unused, split_products
 
 Array = npt.NDArray[Any]
 
-#: Precision of a bundle -> how its layers are computed. ``int8`` takes one range per tensor as it runs, so an image then
-#: depends a little on the others of its batch; the other two have ranges written into the graph, and it does not.
-SCHEMES = {
-    "int8": "8-bit integers, activation ranges taken as the graph runs (for CPUs)",
-    "int8-static": "8-bit integers, explicit QuantizeLinear/DequantizeLinear with calibrated ranges",
-    "fp8": "E4M3 floats, explicit QuantizeLinear/DequantizeLinear with calibrated ranges",
-}
 INT8_MAX, FP8_MAX = 127.0, 448.0
 # A layer narrower than this on either side stays in float32: nothing to gain, and the token projection, the feature
 # projection and the mixture head are where rounding hurts most.
@@ -59,7 +53,7 @@ class Layer:
 class LayerPlan:
     """How to quantise one layer.
 
-    scheme : a key of ``SCHEMES``.
+    scheme : one of `arinar.schemes.QUANTIZED`.
     absmax : activations are clipped to -absmax..absmax (static schemes); with ``smooth``, after the division.
     smooth : (K,) or None; channel k of the input is divided by smooth[k] and the weight's row k multiplied by it, which
         changes nothing but where rounding falls (SmoothQuant, arXiv 2211.10438).
@@ -70,10 +64,15 @@ class LayerPlan:
     smooth: Array | None = None
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme is {self.scheme!r}; choose one of {', '.join(SCHEMES)}")
-        if self.scheme != "int8" and not (self.absmax is not None and np.isfinite(self.absmax) and self.absmax >= 0):
+        if self.scheme not in QUANTIZED:
+            raise ValueError(f"scheme is {self.scheme!r}; choose one of {', '.join(QUANTIZED)}")
+        if not self.dynamic and not (self.absmax is not None and np.isfinite(self.absmax) and self.absmax >= 0):
             raise ValueError(f"absmax is {self.absmax!r}; {self.scheme} needs a calibrated, finite range")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether activation ranges are taken as the graph runs."""
+        return SCHEMES[self.scheme].ranges == "dynamic"
 
 
 def smooth_scale(channel_absmax: Array, weight: Array, alpha: float = 0.5) -> Array:
@@ -209,7 +208,7 @@ class Graph:
         by_node = {self.layers[name].node: (self.layers[name], plan) for name, plan in plans.items()}
         model = ModelProto()
         model.CopyFrom(self.model)
-        if any(plan.scheme == "int8" for plan in plans.values()):
+        if any(plan.dynamic for plan in plans.values()):
             for name, products in split_products(model).items():
                 if name in by_node:
                     layer, plan = by_node.pop(name)
@@ -265,7 +264,7 @@ class _Rewriter:
         kept = self.constant(values, f"{prefix}weight")
         scales = self.constant(scale, f"{prefix}weight.scale")
         target = layer.output if layer.bias is None else f"{prefix}product"
-        if plan.scheme == "int8":
+        if plan.dynamic:
             self._dynamic(prefix, x, kept, scales, target)
         else:
             self._static(prefix, x, kept, scales, values.dtype, plan, target)

@@ -22,13 +22,14 @@ import onnx
 from arinar.model import Arinar
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
+from arinar.schemes import QUANTIZED, SCHEMES
 from arinar.vae import AutoencoderKL
 
 from .bundle import WEIGHTS_NAME, weights_sha256, written
 from .cpu import cpu_path, write_cpu_form
 from .folder import merge, replace_folder, scratch_folder, write_manifest
 from .graphs import HEADS
-from .layers import SCHEMES, Graph, Layer, LayerPlan, layer_graphs, smooth_scale
+from .layers import Graph, Layer, LayerPlan, layer_graphs, smooth_scale
 from .spec import Array, ExportError
 from .trace import WeightStore, pool_weights, write_model
 
@@ -115,7 +116,7 @@ def default_plans(
 ) -> dict[str, LayerPlan]:
     """Every layer that is wide enough, with given ranges (largest magnitude by layer) where the precision needs them."""
     wide = {name: layer for name, layer in layers.items() if layer.wide}
-    if precision == "int8":
+    if SCHEMES[precision].ranges == "dynamic":
         return {name: LayerPlan(precision) for name in wide}
     if ranges is None:
         raise ExportError(
@@ -151,8 +152,8 @@ def quantize_bundle(
     ValueError, BundleError : bad arguments, or a bundle without fp32 graphs. ExportError : the calibration is missing,
     damaged or another model's, or a quantised graph does not run.
     """
-    if precision not in SCHEMES:
-        raise ValueError(f"precision is {precision!r}; quantised precisions are {', '.join(SCHEMES)}")
+    if precision not in QUANTIZED:
+        raise ValueError(f"precision is {precision!r}; quantised precisions are {', '.join(QUANTIZED)}")
     say, variant = progress or (lambda line: None), name or precision
     opened = Bundle.open(bundle)
     manifest, folder = opened.manifest, opened.folder
@@ -170,7 +171,7 @@ def quantize_bundle(
             plans = used.plans(precision, layers)
         else:
             plans = default_plans(precision, layers)
-    say(f"{variant}: {len(plans)} of {len(layers)} layers in {SCHEMES[precision]}")
+    say(f"{variant}: {len(plans)} of {len(layers)} layers in {SCHEMES[precision].title}")
 
     with scratch_folder(folder) as scratch:
         target = scratch / "graphs" / variant

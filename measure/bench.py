@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from arinar.runtime.backends.products import INTEGER_SCHEMES
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import check_number
+from arinar.schemes import SCHEMES
 
-from .cost import WEIGHT_BYTES, Cost, image_cost
+from .cost import Cost, image_cost
 from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
 
 #: What each phase is; they add up to the total.
@@ -27,7 +27,6 @@ PHASES = {
     "python": "Python: loop, noise, PIL images, loading graphs",
 }
 COLD_PHASES = {"import_s": "import", "open_s": "open and verify", "sessions_s": "load the graphs"}
-CPU_BACKEND = "onnxruntime-cpu"
 
 
 def bench(
@@ -68,7 +67,7 @@ def bench(
     memory = peak_memory()  # before the peaks are measured, which takes memory too
     scheme = manifest.scheme(pipeline.precision)
     peaks: dict[str, float] = {}
-    if pipeline.backend.name == CPU_BACKEND:
+    if threads is not None:  # on the CPU
         say("what the machine can do: matrix products, copying memory")
         peaks = machine_peaks(scheme, threads)
     results = []
@@ -114,7 +113,7 @@ def machine_peaks(scheme: str, threads: int | None) -> dict[str, float]:
         "gemm_peak_gflops": onnxruntime_peak("float32", threads) / 1e9,
         "copy_gb_per_s": copy_bandwidth(threads) / 1e9,
     }
-    if scheme in INTEGER_SCHEMES:
+    if SCHEMES[scheme].integers:
         peaks["int8_peak_gops"] = onnxruntime_peak("int8", threads) / 1e9
     return peaks
 
@@ -122,7 +121,7 @@ def machine_peaks(scheme: str, threads: int | None) -> dict[str, float]:
 def floors(cost: Cost, batch: int, scheme: str, peaks: dict[str, float]) -> dict[str, float]:
     """What an image takes at least, in operations, in bytes and, where the machine's limits are known, in seconds."""
     # The VAE of an fp16 variant may be in either precision, that of the others is in float32.
-    size = cost.weight_bytes(WEIGHT_BYTES[scheme], batch=batch, vae_bytes=2 if scheme == "fp16" else 4)
+    size = cost.weight_bytes(SCHEMES[scheme].weight_bytes, batch=batch, vae_bytes=2 if scheme == "fp16" else 4)
     found = {"tera_operations_per_image": cost.total / 1e12, "weight_gb_per_image": size / 1e9}
     if peaks:
         linear = peaks.get("int8_peak_gops", peaks["gemm_peak_gflops"])

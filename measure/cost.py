@@ -2,20 +2,17 @@
 
 Counts are of the computation as the graphs do it (exact visible lengths; what tables hold is not computed; last decoder
 block at the predicted positions only). One multiply-add is two operations. Only products of matrices and convolutions
-count: norms, activations, gathers and the mixture draw do not.
+count: norms, activations, gathers and draws do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.schedule import Step, steps
-
-#: Scheme of a variant -> bytes of a transformer weight. What 8-bit variants leave in float32 is not known here: the
-#: bytes are the least possible.
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int8-static": 1, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def image_cost(config: ArinarConfig, num_iter: int, *, guided: bool, vae: VaeCon
     causal = config.outer == "causal"
     plan = steps(config.seq_len, config.seq_len if causal else num_iter)
     linear, attention = _causal(config, branches) if causal else _masked(config, plan, branches)
-    inner_linear, inner_attention = (branches * config.seq_len * part for part in _inner_token(config))
+    inner_linear, inner_attention = (branches * config.seq_len * part for part in HEADS[config.head].token(config))
     side = config.grid_size * config.patch_size
     return Cost(
         outer=linear + attention,
@@ -72,7 +69,7 @@ def image_cost(config: ArinarConfig, num_iter: int, *, guided: bool, vae: VaeCon
         vae=decoder_operations(vae, side) if vae else 0.0,
         attention=attention + inner_attention,
         outer_weights=outer_parameters(config),
-        inner_weights=inner_parameters(config),
+        inner_weights=HEADS[config.head].parameters(config),
         vae_weights=decoder_parameters(vae) if vae else 0,
         passes=len(plan),
     )
@@ -111,14 +108,14 @@ def _causal(config: ArinarConfig, branches: int) -> tuple[float, float]:
     return float(branches * linear), float(branches * attention)
 
 
-def _inner_token(config: ArinarConfig) -> tuple[float, float]:
+def _gmm_token(config: ArinarConfig) -> tuple[float, float]:
     """Operations of all features of one token, one branch: with weights, and of attention.
 
     A feature attends to those before it through the cache; the first one's cache holds one empty slot.
     """
     width, depth, features = config.inner_width, config.inner_depth, config.token_dim
     conditioning = _conditioning_parameters(config)
-    linear = 2 * conditioning + 2 * features * (inner_parameters(config) - conditioning)
+    linear = 2 * conditioning + 2 * features * (gmm_parameters(config) - conditioning)
     return float(linear), float(depth * 4 * width * (features * (features - 1) / 2 + 1))
 
 
@@ -137,11 +134,22 @@ def outer_parameters(config: ArinarConfig) -> int:
     return encoder + decoder + config.encoder_width * (config.token_dim + width)
 
 
-def inner_parameters(config: ArinarConfig) -> int:
-    """As `outer_parameters`, of the inner model."""
+def gmm_parameters(config: ArinarConfig) -> int:
+    """As `outer_parameters`, of the Gaussian mixture head."""
     width = config.inner_width
     blocks = config.inner_depth * _block_parameters(width, config.inner_mlp_ratio)
     return _conditioning_parameters(config) + blocks + width * (1 + 3 * config.num_gaussians)
+
+
+class HeadCost(NamedTuple):
+    """Of a head: operations of one token in one branch, with weights and of attention; weights of its products."""
+
+    token: Callable[[ArinarConfig], tuple[float, float]]
+    parameters: Callable[[ArinarConfig], int]
+
+
+#: By `config.head`.
+HEADS = {"gmm": HeadCost(_gmm_token, gmm_parameters)}
 
 
 def decoder_operations(vae: VaeConfig, side: int) -> float:

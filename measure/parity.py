@@ -34,7 +34,7 @@ from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import PHASES, BundleError, GraphInfo
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
-from arinar.runtime.request import Batch
+from arinar.runtime.request import Batch, Sampling
 from arinar.sampler import StepRecord, sample
 from arinar.vae import AutoencoderKL
 
@@ -90,44 +90,67 @@ def run_parity(
     Raises BundleError where checkpoint and bundle do not even have the same configuration, ValueError for a bad
     argument (before anything long begins), FloatingPointError where the checkpoint itself computes what is not finite.
     """
-    config, say = model.config, progress or (lambda line: None)
-    if pipeline.config != config:
-        differing = [k for k, v in config.to_dict().items() if pipeline.config.to_dict()[k] != v]
-        raise BundleError(
-            f"the bundle {pipeline.bundle.folder} and the checkpoint are different models: {', '.join(differing)} differ; "
-            f"compare with the checkpoint that the bundle was exported from"
-        )
-    check_match(config, vae)
+    say = progress or (lambda line: None)
+    check_same(pipeline, model, vae)
     scheme = pipeline.bundle.manifest.scheme(pipeline.precision)
     thresholds = thresholds or THRESHOLDS[scheme]
     sampling = pipeline.resolve(
         list(labels),
         guidance_scale=guidance_scale,
-        num_iter=None if config.outer == "causal" else num_iter,
+        num_iter=None if model.config.outer == "causal" else num_iter,
         temperature=temperature,
         cfg_schedule=cfg_schedule,
         seed=seed,
     )
-    batch = sampling.batch()
     settings = {"labels": sampling.labels.tolist(), **sampling.settings(), "seed": seed}
     measure = None
     if distribution:
         check_samples(distribution)
-        measure = open_measure(features, fid_stats, config)
-    titles = law_of(config).titles
-    report = ParityReport(
-        pipeline.precision, pipeline.backend.name, settings, scheme=scheme, parts=titles, thresholds=thresholds
-    )
+        measure = open_measure(features, fid_stats, model.config)
+    titles, precision = law_of(model.config).titles, pipeline.precision
+    report = ParityReport(precision, pipeline.backend.name, settings, scheme=scheme, parts=titles, thresholds=thresholds)
     report.provenance = provenance(pipeline, model, vae, reference)
     if report.provenance["exported from these weights"] == "no":
         report.notes.append("the bundle was exported from other weights than those it is compared with here")
+    finite = _by_sample(report, pipeline, model, vae, sampling, thresholds, say)
+    if measure is not None and finite:
+        say(f"level 4: {distribution} images of each, by distribution")
+        references = make_references(model, vae, distribution, settings, say)
+        found, _ = compare(pipeline, references, measure=measure)
+        add_distribution(report, found, thresholds)
+    elif measure is not None:
+        report.notes.append("level 4 was not run: the deployed pipeline's images are not finite")
+    return report
+
+
+def check_same(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
+    """Raise BundleError where a bundle is of another configuration, ValueError where the autoencoder does not fit."""
+    ours, theirs = pipeline.config.to_dict(), model.config.to_dict()
+    if differing := [key for key, value in theirs.items() if ours[key] != value]:
+        raise BundleError(
+            f"the bundle {pipeline.bundle.folder} and the checkpoint are different models: {', '.join(differing)} differ; "
+            f"compare with the checkpoint that the bundle was exported from"
+        )
+    check_match(model.config, vae)
+
+
+def _by_sample(
+    report: ParityReport,
+    pipeline: Pipeline,
+    model: Arinar,
+    vae: AutoencoderKL,
+    sampling: Sampling,
+    thresholds: Thresholds,
+    say: Callable[[str], None],
+) -> bool:
+    """Levels 1 to 3 -> whether the deployed pipeline made images at all."""
+    batch, records = sampling.batch(), list[StepRecord]()
     say("level 1: each graph alone")
     _per_graph(report, pipeline, model, vae, thresholds, len(batch), len(batch) * max(step.count for step in batch.plan))
-    records: list[StepRecord] = []
     say(f"reference: PyTorch generates {len(batch)} images in {len(batch.plan)} steps")
     tokens = sample(
         model,
-        torch.tensor(settings["labels"]),
+        torch.from_numpy(sampling.labels),
         **sampling.settings(),
         noise=batch.noise,
         record=records.append,
@@ -137,15 +160,7 @@ def run_parity(
     say("level 2: the deployed graphs along the reference's trajectory")
     _teacher_forced(report, pipeline, batch, tokens.numpy(), records, thresholds)
     say("level 3: the deployed pipeline on its own, same noise")
-    finite = _free_running(report, pipeline, vae, batch, tokens, records, thresholds)
-    if measure is not None and finite:
-        say(f"level 4: {distribution} images of each, by distribution")
-        references = make_references(model, vae, distribution, settings, say)
-        found, _ = compare(pipeline, references, measure=measure)
-        add_distribution(report, found, thresholds)
-    elif measure is not None:
-        report.notes.append("level 4 was not run: the deployed pipeline's images are not finite")
-    return report
+    return _free_running(report, pipeline, vae, batch, tokens, records, thresholds)
 
 
 def _check_reference(records: Sequence[StepRecord]) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arinar.config import ArinarConfig, VaeConfig
+from arinar.schemes import SCHEMES
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
-PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "fp8")
 
 #: When a graph runs: for every outer step; for every token; once the tokens are made; to read an image in.
 PHASES = ("outer", "head", "decode", "encode")
@@ -184,7 +184,13 @@ class Manifest:
 
     def scheme(self, precision: str) -> str:
         """How a variant's graphs compute: as the variant of that name does. (One that was quantised may have any name.)"""
-        return self.schemes.get(precision, precision)
+        scheme = self.schemes.get(precision, precision)
+        if scheme not in SCHEMES:
+            raise BundleError(
+                f"the bundle's {precision} graphs compute by the scheme {scheme!r}; this version of arinar knows "
+                f"{', '.join(SCHEMES)}. Install a newer one, or quantise the bundle again"
+            )
+        return scheme
 
     def to_json(self) -> str:
         data = {

@@ -117,7 +117,8 @@ class Loop:
             made = Made(*(self.backend.download(buffer).copy() for buffer in buffers))
             if not self.backend.synchronous:
                 _add(seconds, "device", began)
-        for name, value in (("inner_token", made.tokens), ("vae_decoder", made.latents)):
+        drawn = self.head.graphs(batch.guided)[-1]
+        for name, value in ((drawn, made.tokens), (DECODING[-1], made.latents)):
             if not np.isfinite(value).all():
                 raise FloatingPointError(f"graph {name!r} or one before it made values that are not finite")
         return made

@@ -27,7 +27,8 @@ from arinar.measure.parity import add_distribution, run_parity
 from arinar.model import Arinar
 from arinar.runtime import Pipeline
 from arinar.runtime.backends.engines import EngineError
-from arinar.runtime.bundle import PRECISIONS, BundleError
+from arinar.runtime.bundle import BundleError
+from arinar.schemes import SCHEMES
 from arinar.vae import AutoencoderKL
 
 QUICK: dict[str, Any] = {"labels": [3, 7], "num_iter": 3, "guidance_scale": 2.0}
@@ -218,7 +219,7 @@ def test_thresholds_can_be_overridden() -> None:
     for wrong in ("z=-1", "z=nan"):
         with pytest.raises(ValueError, match="expected a number of at least 0"):
             parse_thresholds([wrong], "fp32")
-    assert set(THRESHOLDS) == set(PRECISIONS)
+    assert set(THRESHOLDS) == set(SCHEMES)
 
 
 def test_overridden_limits_are_said_and_hold_for_shared_graphs(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:

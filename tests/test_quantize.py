@@ -18,12 +18,13 @@ pytest.importorskip("onnxruntime")
 from arinar.calibration.collect import open_session
 from arinar.checkpoint import load_arinar
 from arinar.cli import main
-from arinar.export.layers import FP8_MAX, SCHEMES, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
+from arinar.export.layers import FP8_MAX, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
 from arinar.export.quantize import Calibration, default_plans, example_feed, quantize_bundle, variant_bytes
 from arinar.export.spec import ExportError
 from arinar.runtime import Pipeline
 from arinar.runtime.backends import products
-from arinar.runtime.bundle import PRECISIONS, Bundle, BundleError
+from arinar.runtime.bundle import Bundle, BundleError
+from arinar.schemes import QUANTIZED, SCHEMES
 
 # Wide enough for every layer of the demo model.
 RANGE = 12.0
@@ -56,7 +57,7 @@ def pixels(pipeline: Pipeline, labels: list[int], **arguments: Any) -> Any:
 
 
 def test_precisions_have_one_list_of_names() -> None:
-    assert set(SCHEMES) <= set(PRECISIONS)
+    assert set(QUANTIZED) < set(SCHEMES)
 
 
 def test_layers_are_those_of_the_model(graphs: dict[str, Graph]) -> None:
@@ -100,7 +101,7 @@ def test_smoothing_evens_out_channels() -> None:
     assert np.isfinite(smooth_scale(np.zeros(32), np.zeros((32, 4), np.float32))).all()
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", QUANTIZED)
 @pytest.mark.parametrize("smooth", [False, True])
 def test_one_layer_at_a_time_is_nearly_the_same(bundle: Path, graphs: dict[str, Graph], scheme: str, smooth: bool) -> None:
     opened, graph = Bundle.open(bundle), graphs["inner_step"]
@@ -146,7 +147,7 @@ def test_exact_kernels_where_the_usual_ones_saturate(bundle: Path, monkeypatch: 
 
     exact_here = products.products_are_exact()
     tokens("fp32", False)
-    for precision in products.INTEGER_SCHEMES:
+    for precision in (name for name, scheme in SCHEMES.items() if scheme.integers):
         slow = tokens(precision, False)
         if exact_here:
             assert np.array_equal(tokens(precision, True), slow)

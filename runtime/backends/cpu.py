@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from arinar.schemes import SCHEMES
+
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import usable_cores
 from .base import Array, Rows, merged
 
-# Schemes whose ranges are taken over a launch: only rows that are launched apart do not depend on one another.
-DYNAMIC_SCHEMES = ("int8",)
 # From so many rows per thread on, threads that find no row for the last round are idle for little of the time.
 MANY_ROWS = 4
 # Sequence positions of one launch at most, so that its activations stay few; many more gain nothing.
@@ -48,9 +48,9 @@ class CpuBackend:
             raise ValueError(f"threads is {threads}; expected at least 1")
         self._bundle = bundle
         self._graphs: dict[str, GraphInfo] = bundle.manifest.precision_graphs(precision)
-        config, self._scheme = bundle.manifest.config, bundle.manifest.scheme(precision)
+        config, self._scheme = bundle.manifest.config, SCHEMES[bundle.manifest.scheme(precision)]
         # (A causal step reads every weight for each row: its rows stay together.)
-        self._dynamic = self._scheme in DYNAMIC_SCHEMES and config.outer == "masked"
+        self._dynamic = self._scheme.ranges == "dynamic" and config.outer == "masked"
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
         self.threads, self.low_memory = threads or usable_cores(), low_memory
         self._loaded: dict[tuple[str, int], Any] = {}

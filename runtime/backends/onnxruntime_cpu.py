@@ -8,7 +8,7 @@ from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import onnxruntime_distribution
 from .base import Array
 from .cpu import Buffers, CpuBackend
-from .products import INTEGER_SCHEMES, keep_products_exact
+from .products import keep_products_exact
 
 
 class OnnxRuntimeCpu(CpuBackend):
@@ -31,7 +31,7 @@ class OnnxRuntimeCpu(CpuBackend):
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        if self._scheme in INTEGER_SCHEMES:
+        if self._scheme.integers:
             keep_products_exact(options)
         # An arena keeps what its session's largest launches needed at one time; freed memory serves all sessions.
         options.enable_cpu_mem_arena = large_activations(graph)

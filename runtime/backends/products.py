@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Schemes whose graphs multiply 8-bit integers.
-INTEGER_SCHEMES = ("int8", "int8-static")
 EXACT_PRODUCTS = "session.x64quantprecision"
 
 
