@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,17 +101,11 @@ class Loop:
         with self.state(batch) as state:
             began = time.perf_counter()
             self.fill(state, batch, seconds)
-            behind = None
-            for step in batch.plan:
-                self._step(state, step, seconds)
-                if watched:
-                    mark = self.backend.mark()
-                    if behind is not None:
-                        self.backend.wait(behind)
-                    behind = mark
-                yield Walked(step, state)
-            if behind is not None:
-                self.backend.wait(behind)
+            with self._pace(watched) as pace:
+                for step in batch.plan:
+                    self._step(state, step, seconds)
+                    pace()
+                    yield Walked(step, state)
             self.decode(state, seconds)
             buffers = (state.raster, state.latents, state.images)
             made = Made(*(self.backend.download(buffer).copy() for buffer in buffers))
@@ -192,6 +186,23 @@ class Loop:
             yield state
         finally:
             self._idle.append(state)
+
+    @contextmanager
+    def _pace(self, watched: bool) -> Iterator[Callable[[], None]]:
+        """What to call after every step, so that the device is at most one step behind; without ``watched``, nothing."""
+        marks: list[Any] = []
+
+        def step() -> None:
+            if watched:
+                marks.append(self.backend.mark())
+            while len(marks) > 1:
+                self.backend.wait(marks.pop(0))
+
+        try:
+            yield step
+        finally:
+            while marks:
+                self.backend.wait(marks.pop())
 
     @contextmanager
     def _timed(self, seconds: Seconds, phase: str) -> Iterator[None]:

@@ -124,13 +124,18 @@ class CudaBackend:
         self.cuda.upload(array, buffer)
         return buffer
 
+    # (Every thread has a current device of its own: what may be a thread's first call says which.)
+
     def write(self, buffer: DeviceBuffer, array: Array) -> None:
+        self.cuda.activate()
         self.cuda.upload(array, buffer)
 
     def clear(self, buffer: DeviceBuffer) -> None:
+        self.cuda.activate()
         self.cuda.clear(buffer)
 
     def download(self, buffer: DeviceBuffer) -> Array:
+        self.cuda.activate()
         return self.cuda.download(buffer)
 
     def copy(self, source: DeviceBuffer, target: DeviceBuffer) -> None:
@@ -212,6 +217,7 @@ class CudaBackend:
         return self.cuda.record_event()
 
     def wait(self, mark: Any) -> None:
+        self.cuda.activate()
         self.cuda.wait_event(mark)
 
     # Launches.
