@@ -53,6 +53,7 @@ class CpuBackend:
         self._dynamic = self._scheme.ranges == "dynamic" and config.outer == "masked"
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
         self.threads, self.low_memory = threads or usable_cores(), low_memory
+        self._ranks = {name: {t.name: len(t.shape) for t in info.inputs} for name, info in self._graphs.items()}
         self._loaded: dict[tuple[str, int], Any] = {}
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="arinar") if self.threads > 1 else None
 
@@ -162,11 +163,10 @@ class CpuBackend:
             return [(inputs, outputs)]
         jobs: list[tuple[Buffers, Buffers]] = []
         for some in _ranges(images, -(-parts // branches)):
-            for branch in range(branches):
-                cuts: dict[str, dict[int, slice]] = {name: {axis: some} for name, axis in rows.images.items()}
-                for name, axis in rows.branches.items():
-                    cuts.setdefault(name, {})[axis] = slice(branch, branch + 1)
-                jobs.append((_cut(inputs, cuts), _cut(outputs, cuts)))
+            given, made = _cut(inputs, rows.images, some), _cut(outputs, rows.images, some)
+            for branch in range(branches if rows.branches else 1):
+                one = slice(branch, branch + 1)
+                jobs.append((_cut(given, rows.branches, one), _cut(made, rows.branches, one)))
         return jobs
 
     def _parts(self, info: GraphInfo, rows: int) -> int:
@@ -185,8 +185,8 @@ class CpuBackend:
         return 1 if info.small or parts >= self.threads else self.threads
 
     def _run(self, info: GraphInfo, threads: int, inputs: Buffers, outputs: Buffers) -> None:
-        ranks = {tensor.name: len(tensor.shape) for tensor in info.inputs}
-        feed = {name: merged(value, ranks[name]) for name, value in inputs.items()}
+        ranks = self._ranks[info.name]
+        feed = {name: value if value.ndim == ranks[name] else merged(value, ranks[name]) for name, value in inputs.items()}
         results = self._call(self._ready(info, threads), info, feed, list(outputs))
         for (name, target), value in zip(outputs.items(), results, strict=True):
             if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -200,12 +200,17 @@ def _ranges(count: int, parts: int) -> Iterator[slice]:
     return (slice(part * count // parts, (part + 1) * count // parts) for part in range(parts))
 
 
-def _cut(buffers: Buffers, cuts: Mapping[str, Mapping[int, slice]]) -> Buffers:
-    """Views of the buffers, of a range of each axis that is named."""
-    return {
-        name: value[tuple(cuts.get(name, {}).get(axis, slice(None)) for axis in range(value.ndim))]
-        for name, value in buffers.items()
-    }
+def _cut(buffers: Buffers, axes: Mapping[str, int], some: slice) -> Buffers:
+    """Views of some of each named buffer's axis; the others as they are."""
+    views = dict(buffers)
+    for name, axis in axes.items():
+        if name in views:
+            views[name] = views[name][(*_WHOLE[:axis], some)]
+    return views
+
+
+# Of the axes before the one that is cut.
+_WHOLE = (slice(None),) * 8
 
 
 def return_freed_memory() -> None:
