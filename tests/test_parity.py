@@ -15,9 +15,11 @@ from click.testing import CliRunner
 pytest.importorskip("torch")
 
 import torch
+from tiny_bundles import TINY, tiny_model
 
 from arinar.checkpoint import load_arinar, load_vae
 from arinar.cli import main
+from arinar.export.bundle import export_bundle
 from arinar.gmm_law import LAW, mixture_kl, responsible_component
 from arinar.measure import distribution, features
 from arinar.measure import parity as parity_module
@@ -25,9 +27,10 @@ from arinar.measure.checks import THRESHOLDS, Check, ParityReport, parse_thresho
 from arinar.measure.distances import MAX_PSNR, frechet_between, frechet_distance, mmd_test, psnr
 from arinar.measure.parity import add_distribution, run_parity
 from arinar.model import Arinar
-from arinar.runtime import Pipeline
+from arinar.runtime import Noise, Pipeline
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import BundleError
+from arinar.sampler import sample
 from arinar.schemes import SCHEMES
 from arinar.vae import AutoencoderKL
 
@@ -194,6 +197,24 @@ def test_a_graph_without_engine_is_left_out_only_where_generation_can_do_without
     missing = "inner_step"
     with pytest.raises(EngineError, match="inner_step"):
         run_parity(pipeline, model, vae, **QUICK)
+
+
+def test_the_law_that_a_bundle_was_exported_with_is_the_references_too(tmp_path: Path) -> None:
+    """N of the guided draw is a parameter of the export: recorded in the manifest, and what parity compares with."""
+    tiny, autoencoder = tiny_model(TINY)
+    manifest = export_bundle(tiny, autoencoder, tmp_path / "bundle", law={"num_candidates": 3}, untrained=True)
+    assert manifest.law == {"num_candidates": 3}
+    pipeline = Pipeline.load(tmp_path / "bundle", threads=1)
+    settings: dict[str, Any] = {"guidance_scale": 4.0, "num_iter": 4}
+    report = run_parity(pipeline, tiny, autoencoder, labels=[0, 1, 2], **settings)
+    assert report.passed, report.table()
+    have = pipeline.generate([0, 1, 2], seed=0, **settings).tokens
+    noise = Noise.from_seed(0, range(3), TINY)
+    for law, same in (({"num_candidates": 3}, True), (None, False)):
+        want = sample(tiny, torch.tensor([0, 1, 2]), noise=noise, law=law, **settings).numpy()
+        assert bool(np.abs(have - want).max() < 1e-3) is same
+    with pytest.raises(BundleError, match="another model"):
+        export_bundle(tiny, autoencoder, tmp_path / "bundle", precision="fp16")
 
 
 def test_random_inputs_lie_within_what_engines_are_built_for(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
