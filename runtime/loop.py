@@ -79,16 +79,6 @@ class Loop:
         self.backend.prepare(*DECODING)
         self.head.prepare(guided, batch)
 
-    def run(self, batch: Batch, seconds: Seconds | None = None) -> Made:
-        """One micro-batch at once. Raises as :meth:`walk`."""
-        walk = self.walk(batch, seconds)
-        while True:
-            try:
-                next(walk)
-            except StopIteration as end:
-                made: Made = end.value
-                return made
-
     def walk(self, batch: Batch, seconds: Seconds | None = None, *, watched: bool = False) -> Generator[Walked, None, Made]:
         """One micro-batch, step by step; returns what was made. It can be closed between two steps.
 

@@ -21,7 +21,7 @@ from arinar.config import ArinarConfig
 from .backends import open_backend
 from .backends.base import Backend
 from .bundle import Bundle, Manifest
-from .loop import Loop, Made, Seconds
+from .loop import Loop, Made
 from .noise import Noise
 from .request import Sampling
 from .state import State
@@ -277,4 +277,4 @@ def default_precision(manifest: Manifest) -> str:
     return "fp32" if "fp32" in manifest.graphs else next(iter(manifest.graphs))
 
 
-__all__ = ["Generation", "GenerationCancelled", "Pipeline", "Progress", "Seconds"]
+__all__ = ["Generation", "GenerationCancelled", "Pipeline", "Progress"]
