@@ -319,7 +319,7 @@ def collect(
     graphs = bundle.manifest.precision_graphs("fp32")
     loop = Loop(backend, graphs, config, "stepwise", keep_first_step=False)  # every launch is to be seen
     while recording.done < num_images:
-        rows = np.arange(recording.done, min(recording.done + batch_size, num_images))
+        rows = range(recording.done, min(recording.done + batch_size, num_images))
         backend.step = 0
         with closing(loop.walk(sampling.batch(rows))) as walk:
             for _, (step, state) in zip(range(sampling.num_iter), walk, strict=False):

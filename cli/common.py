@@ -141,10 +141,11 @@ def open_pipeline(
 ) -> Pipeline:
     """Load a bundle. Options as RUNTIME gives them."""
     from arinar.runtime import Pipeline
+    from arinar.runtime.backends import backend_options
 
     # What is not asked for is the backend's own affair: it may not have the option.
     options = without_none({"threads": threads, "low_memory": low_memory or None})
-    if no_cuda_graphs:
+    if no_cuda_graphs and (backend is None or "cuda_graphs" in backend_options(backend)):  # else there are none anyway
         options["cuda_graphs"] = False
     return Pipeline.load(bundle, backend=backend, precision=precision, **options)
 

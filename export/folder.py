@@ -57,10 +57,12 @@ def merge(old: Manifest, new: Manifest) -> Manifest:
         for name, info in others.items():
             if info.file.startswith(prefix):
                 others[name] = new.graphs[precision][name]
+    # (What the new provenance says of it, it says of all that it knows.)
+    quantization = {name: value for name, value in old.provenance.get("quantization", {}).items() if name != precision}
     return replace(
         new,
         graphs=graphs,
         files=kept | new.files,
-        schemes={name: scheme for name, scheme in (old.schemes | new.schemes).items() if name in graphs},
-        provenance=old.provenance | new.provenance,
+        schemes={name: scheme for name, scheme in old.schemes.items() if name != precision} | new.schemes,
+        provenance=old.provenance | {"quantization": quantization} | new.provenance,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,6 +156,11 @@ def quantize_bundle(
     if precision not in QUANTIZED:
         raise ValueError(f"precision is {precision!r}; quantised precisions are {', '.join(QUANTIZED)}")
     say, variant = progress or (lambda line: None), name or precision
+    if variant != precision and (variant in SCHEMES or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", variant)):
+        raise ValueError(
+            f"name is {variant!r}; expected letters, digits, '.', '_' and '-', and not another scheme's name "
+            f"({', '.join(SCHEMES)})"
+        )
     opened = Bundle.open(bundle)
     manifest, folder = opened.manifest, opened.folder
     infos = manifest.precision_graphs("fp32")

@@ -194,7 +194,7 @@ class Manifest:
 
     def to_json(self) -> str:
         data = {
-            "format_version": self.format_version,
+            "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "graphs": {p: {n: g.to_dict() for n, g in graphs.items()} for p, graphs in self.graphs.items()},
             "files": {name: asdict(info) for name, info in self.files.items()},
@@ -232,6 +232,7 @@ class Manifest:
                 schemes={str(name): str(scheme) for name, scheme in data["schemes"].items()},
                 vae=None if data["vae"] is None else VaeConfig.from_dict(data["vae"]),
                 provenance=dict(data["provenance"]),
+                format_version=version,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{MANIFEST_NAME} is damaged ({error!r}); export the model again") from error
@@ -275,6 +276,7 @@ def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
         "law": {"num_candidates": data["num_candidates"]},
         "schemes": {name: entry.get("scheme", name) for name, entry in quantized.items()},
         "vae": provenance.get("vae_config"),
+        "provenance": {name: value for name, value in provenance.items() if name != "vae_config"},
     }
 
 

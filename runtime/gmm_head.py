@@ -22,9 +22,6 @@ from .cache import KVCache
 from .request import Batch
 from .state import State
 
-# A draw's inputs of which every row has its own.
-PER_ROW = ("guidance_scale", "temperature")
-
 
 @dataclass
 class ChainBuffers:

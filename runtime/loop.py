@@ -165,13 +165,13 @@ class Loop:
         count = min(self.config.seq_len, 1 << (most - 1).bit_length())
         shape = (len(batch), batch.branches, count)
         state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count) == shape), None)
+        if state is not None:
+            self._idle.remove(state)
+        while len(self._idle) >= KEPT_STATES:
+            self.backend.forget(self._idle.pop(0).owner)
         if state is None:
-            while len(self._idle) >= KEPT_STATES:
-                self.backend.forget(self._idle.pop(0).owner)
             state = allocate(self.backend, self.config, next(self._owners), *shape)
             state.outer, state.head = self.outer.allocate(state), self.head.allocate(state)
-        else:
-            self._idle.remove(state)
         try:
             yield state
         finally:

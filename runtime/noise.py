@@ -60,10 +60,6 @@ class Noise:
     def __getitem__(self, rows: slice | npt.NDArray[np.integer]) -> Noise:
         return Noise(self.order[rows], self.draws[rows])
 
-    def padded(self, size: int) -> Noise:
-        """The last image's noise repeated until there are ``size`` images."""
-        return self if size <= len(self) else self[np.minimum(np.arange(size), len(self) - 1)]
-
     def check(self, batch: int, config: ArinarConfig) -> None:
         """Raise ValueError unless this is noise for ``batch`` images of a model."""
         order, draws = np.asarray(self.order), np.asarray(self.draws)

@@ -80,7 +80,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend, precision: str, inner: str = "fused") -> None:
         self.bundle, self.backend, self.precision = bundle, backend, precision
         self.loop = Loop(backend, bundle.manifest.precision_graphs(precision), bundle.manifest.config, inner)
-        self._lock, self._busy, self._process = threading.Lock(), 0, os.getpid()
+        self._lock, self._busy, self._process = threading.RLock(), 0, os.getpid()
 
     @classmethod
     def load(
@@ -136,7 +136,9 @@ class Pipeline:
 
         Image i is determined, up to floating-point rounding, by (seed, i) and the sampling arguments. With
         ``batch_size`` given it is determined to the last bit, whatever is generated beside it: short batches are padded
-        to that size.
+        to that size. (On a CPU a float's last bit may also depend on an image's place in the micro-batch: which row of a
+        product it is; at sizes 1, 2 and multiples of 4 none was seen to. A causal int8 model's rows share their ranges: an
+        image depends slightly on the others.)
 
         Parameters
         ----------
@@ -151,7 +153,8 @@ class Pipeline:
             7 of a run with seed 0.
         noise : every random number, for len(labels) images.
         batch_size : images generated at a time.
-        callback : called after each outer step with a :class:`Progress`; returns True to stop.
+        callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
+            itself: another thread's ``preview()`` or call waits until this one is over.
 
         Arguments left None take the bundle's defaults. Raises ValueError naming the argument, FloatingPointError
         naming the graph where a computation was not finite, GenerationCancelled where the callback said so, RuntimeError
@@ -171,7 +174,7 @@ class Pipeline:
         )
         with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
             for progress in walk:
-                if callback is not None and callback(progress) is True:
+                if callback is not None and _is_true(callback(progress)):
                     raise GenerationCancelled(f"cancelled at step {progress.step} of {progress.num_iter}")
         assert progress.result is not None
         return progress.result
@@ -183,10 +186,13 @@ class Pipeline:
         ``preview()`` shows the images as far as they are known; the last one's ``result`` is the :class:`Generation`, which
         the iterator also returns.
 
-        Closing the iterator cancels within one step. Other calls may take their turns between two steps. Arguments and
+        Closing the iterator, in the thread that iterates, cancels within one step. Other calls may take their turns between
+        two steps. Arguments and
         errors as for :meth:`generate`, without ``callback``; bad arguments are refused at once.
         """
         began = time.perf_counter()
+        if "callback" in arguments:
+            raise ValueError("stream takes no callback: what it would do goes into the loop over the stream")
         return self._stream(self.resolve(labels, **arguments), began)
 
     def resolve(self, labels: Any, **arguments: Any) -> Sampling:
@@ -203,7 +209,8 @@ class Pipeline:
                 if progress.result is not None:
                     return progress.result
         finally:
-            walk.close()
+            with self._turn(nested=True):
+                walk.close()
 
     def _walk(self, sampling: Sampling, began: float, *, watched: bool) -> Generator[Progress, None, None]:
         """Every step of every micro-batch; the last with the result."""
@@ -211,17 +218,18 @@ class Pipeline:
         tokens: list[Any] = [None] * count
         latents: list[Any] = [None] * count
         images: list[Any] = [None] * count
-        for rows, batch in sampling.batches():
+        for part in sampling.batches():
+            rows, batch = part.rows, part.batch
             self.loop.prepare(batch.guided, len(batch))
-            walk = self.loop.walk(batch, seconds, watched=watched)
-            known = (len(batch.plan), done, count, tuple(int(row) for row in rows))
-            for step in batch.plan[:-1]:
-                show = partial(self._show, walk, next(walk).state, len(rows))
-                yield Progress(step.index + 1, *known, _preview=show)
-            next(walk)
-            made = _result(walk)
+            known = (len(batch.plan), done, count, tuple(rows))
+            with closing(self.loop.walk(batch, seconds, watched=watched)) as walk:
+                for step in batch.plan[:-1]:
+                    show = partial(self._show, walk, next(walk).state, part.places)
+                    yield Progress(step.index + 1, *known, _preview=show)
+                next(walk)
+                made = _result(walk)
             done += len(rows)
-            for place, row in enumerate(rows):
+            for place, row in zip(part.places, rows, strict=True):
                 tokens[row], latents[row] = made.tokens[place], made.latents[place]
                 images[row] = Image.fromarray(made.images[place])
             result = None
@@ -230,15 +238,15 @@ class Pipeline:
                 labels = [int(label) for label in sampling.labels]
                 result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, labels)
             finished = [images[row] for row in rows]
-            yield Progress(len(batch.plan), *known, result=result, _preview=finished.copy)
+            yield Progress(len(batch.plan), *known, result=result, _preview=partial(_copies, finished))
 
-    def _show(self, walk: Generator[Any, None, Made], state: State, count: int) -> list[Image.Image]:
+    def _show(self, walk: Generator[Any, None, Made], state: State, places: list[int]) -> list[Image.Image]:
         with self._turn(nested=True):
             if inspect.getgeneratorstate(walk) == inspect.GEN_CLOSED:  # the buffers are somebody else's by now
                 raise RuntimeError("these images are finished, or were cancelled; preview() is for while they are being made")
             self.loop.decode(state)
-            images = self.backend.download(state.images)[:count]
-            return [Image.fromarray(image.copy()) for image in images]
+            images = self.backend.download(state.images)
+            return [Image.fromarray(images[place].copy()) for place in places]
 
     @contextmanager
     def _turn(self, *, nested: bool = False) -> Iterator[None]:
@@ -261,6 +269,15 @@ class Pipeline:
                 yield
             finally:
                 self._busy = 0
+
+
+def _is_true(value: object) -> bool:
+    """True itself, NumPy's too; whatever else a callback returns means nothing."""
+    return isinstance(value, (bool, np.bool_)) and bool(value)
+
+
+def _copies(images: list[Image.Image]) -> list[Image.Image]:
+    return [image.copy() for image in images]
 
 
 def _result(walk: Generator[Any, None, Made]) -> Made:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,10 @@ class Sampling:
         ids = check_labels(labels, config)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         heat = defaults.temperature if temperature is None else temperature
+        if indices is not None and not isinstance(indices, (Sequence, np.ndarray)):
+            raise ValueError(f"indices is {indices!r}; expected a list of integers, one per label")
+        if noise is not None and not isinstance(noise, Noise):
+            raise ValueError(f"noise is {type(noise).__name__}; expected a Noise, of len(labels) images")
         places = list(range(len(ids))) if indices is None else list(indices)
         if len(places) != len(ids):
             raise ValueError(f"indices has {len(places)} values for {len(ids)} labels; give one per label")
@@ -141,30 +145,55 @@ class Sampling:
             "num_iter": self.num_iter,
         }
 
-    def batches(self, first: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], Batch]]:
-        """The micro-batches, from image ``first`` on -> which images are in it, and the micro-batch, whose rows beyond
-        those are padding.
+    def batches(self) -> Iterator[Part]:
+        """The micro-batches. Guided images share none with others, so that an image is computed alike whatever is beside
+        it. With a ``batch_size``, its place in a micro-batch is that of its index, for the same reason."""
+        guided, rows = self.guidance_scale != 1.0, np.arange(len(self))
+        groups = [rows[~guided], rows[guided]]
+        if self.batch_size is None:
+            for group in groups:
+                for start in range(0, len(group), self.size):
+                    yield self._part(group[start : start + self.size].tolist())
+            return
+        for start in range(0, len(self), self.size):
+            for group in groups:
+                if here := group[(start <= group) & (group < start + self.size)].tolist():
+                    yield self._part(here, start)
 
-        Guided images share no micro-batch with others, so that an image is computed alike whatever is beside it.
-        """
-        guided = self.guidance_scale != 1.0
-        rows = np.arange(first, len(self))
-        for group in (rows[~guided[rows]], rows[guided[rows]]):
-            for start in range(0, len(group), self.size):
-                chosen = group[start : start + self.size]
-                yield chosen, self.batch(chosen)
+    def _part(self, rows: list[int], start: int | None = None) -> Part:
+        """Images ``rows`` as a micro-batch: one after another, or each in its place after ``start``."""
+        if start is None:
+            return Part(rows, list(range(len(rows))), self.batch(rows))
+        places = [row - start for row in rows]
+        filled = [rows[-1]] * self.size
+        for place, row in zip(places, rows, strict=True):
+            filled[place] = row
+        return Part(rows, places, self.batch(filled))
 
-    def batch(self, rows: npt.NDArray[np.int64] | None = None) -> Batch:
-        """Images ``rows`` (all of them) as one micro-batch, its noise made now; filled up with the last image to
-        ``batch_size`` where the caller gave one."""
-        rows = np.arange(len(self)) if rows is None else rows
-        if self.batch_size is not None and len(rows) < self.batch_size:
-            rows = rows[np.minimum(np.arange(self.batch_size), len(rows) - 1)]
+    def batch(self, rows: Sequence[int] | None = None) -> Batch:
+        """Images ``rows`` (all of them) as one micro-batch, its noise made now."""
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows)
         if self.noise is not None:
-            noise = self.noise[rows]
+            noise = self.noise[chosen]
         else:
-            noise = Noise.from_seed(self.seed, [self.indices[row] for row in rows], self.config)
-        return Batch(self.labels[rows], noise, self.guidance_scale[rows], self.temperature[rows], self.cfg_schedule, self.plan)
+            noise = Noise.from_seed(self.seed, [self.indices[row] for row in chosen], self.config)
+        return Batch(
+            self.labels[chosen],
+            noise,
+            self.guidance_scale[chosen],
+            self.temperature[chosen],
+            self.cfg_schedule,
+            self.plan,
+        )
+
+
+class Part(NamedTuple):
+    """A micro-batch of a request: which images are in it, their places there, and the micro-batch; its other places are
+    padding."""
+
+    rows: list[int]
+    places: list[int]
+    batch: Batch
 
 
 def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from arinar.config import ArinarConfig
 from .backends.base import Backend
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """Buffers of micro-batches of one shape, made once and used for every such micro-batch, in generation order, position
     first: everything that a step reads or writes is then a contiguous slice.

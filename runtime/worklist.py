@@ -32,6 +32,9 @@ class Worklist:
         overwrite: bool = False,
         **sampling: Any,
     ) -> None:
+        for name in ("indices", "noise"):
+            if name in sampling:
+                raise ValueError(f"{name} has no place here: image i of a list is image i of its seed's sequence")
         self.pipeline = pipeline
         self.sampling = pipeline.resolve(labels, seed=seed, batch_size=batch_size, **sampling)
         self.labels = self.sampling.labels.tolist()

@@ -20,6 +20,7 @@ from arinar.runtime import Bundle, BundleError, Pipeline
 from arinar.runtime.backends import BACKENDS, backend_class, backend_options
 from arinar.runtime.backends.base import Rows
 from arinar.runtime.backends.cuda import Cuda
+from arinar.runtime.loop import KEPT_STATES
 
 Load = Callable[..., Pipeline]
 
@@ -161,6 +162,16 @@ def test_what_it_tells_of_itself_is_json(pipeline: Pipeline) -> None:
     assert told and json.loads(json.dumps(told)) == told
 
 
+@pytest.mark.parametrize("size", [3, 5, 6])
+def test_images_do_not_depend_on_their_batch_mates_guidance(load: Load, bundle: Path, size: int) -> None:
+    """At any fixed micro-batch: every image keeps its place, whatever is beside it."""
+    pipeline = load(bundle)
+    arguments: dict[str, Any] = {"seed": 2, "num_iter": 3, "batch_size": size}
+    want = pipeline.generate([4] * size, guidance_scale=3.0, **arguments)
+    mixed = pipeline.generate([4] * size, guidance_scale=[1.0, *[3.0] * (size - 2), 2.0], **arguments)
+    assert np.array_equal(mixed.tokens[1:-1], want.tokens[1:-1])
+
+
 def test_images_do_not_depend_on_their_batch_mates(load: Load, bundle: Path) -> None:
     """At a fixed micro-batch, to the last bit: other labels, other guidance and temperature, or none beside it."""
     pipeline = load(bundle)
@@ -214,3 +225,11 @@ def test_closing_a_stream_leaves_the_pipeline_usable(load: Load, bundle: Path) -
         assert np.array_equal(pipeline.generate([2, 9], seed=1, num_iter=6).tokens, want.tokens)
         stream.close()
         assert np.array_equal(pipeline.generate([2, 9], seed=1, num_iter=6).tokens, want.tokens)
+    streams = [pipeline.stream([5], seed=1, num_iter=6) for _ in range(7)]
+    held = [next(stream) for stream in streams]
+    for stream in streams:
+        stream.close()
+    with pytest.raises(RuntimeError, match="finished, or were cancelled"):
+        held[3].preview()
+    pipeline.generate([2, 9], seed=1, num_iter=6)
+    assert len(pipeline.loop._idle) <= KEPT_STATES  # what was held is free, and not kept without end

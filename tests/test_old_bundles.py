@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_graphs_have_what_the_loop_feeds() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_survives_being_written_by_this_version(name: str) -> None:
     manifest = read(name)
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert Manifest.from_json(manifest.to_json()) == replace(manifest, format_version=FORMAT_VERSION)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("onnxruntime")
 from arinar.calibration.collect import open_session
 from arinar.checkpoint import load_arinar
 from arinar.cli import main
+from arinar.export.folder import merge
 from arinar.export.layers import FP8_MAX, Graph, LayerPlan, layer_graphs, quantize_weight, smooth_scale
 from arinar.export.quantize import Calibration, default_plans, example_feed, quantize_bundle, variant_bytes
 from arinar.export.spec import ExportError
@@ -165,6 +167,24 @@ def test_a_variant_of_any_name_runs_as_its_scheme_does(bundle: Path, tmp_path: P
     assert np.array_equal(known.generate([3, 5], **batch).tokens, named.generate([3, 5], **batch).tokens)
     for session in named.backend._loaded.values():  # type: ignore[attr-defined]
         assert session.get_session_options().get_session_config_entry(products.EXACT_PRODUCTS) == "1"
+
+
+def test_names_of_variants(bundle: Path, tmp_path: Path) -> None:
+    before = Bundle.open(bundle).manifest
+    for name in ("fp32", "int8-static", "../x", "a/b", "", ".x"):
+        with pytest.raises(ValueError, match="name is .*; expected letters, digits"):
+            quantize_bundle(bundle, "int8", name=name or " ", overwrite=True)
+    assert Bundle.open(bundle).manifest == before
+
+
+def test_a_variant_that_is_replaced_leaves_no_scheme_behind(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    variant = {"odd": dict(manifest.graphs["fp32"])}
+    quantised = replace(manifest, graphs=variant, schemes={"odd": "int8"}, provenance={"quantization": {"odd": {"layers": 1}}})
+    with_odd = merge(manifest, quantised)
+    assert with_odd.scheme("odd") == "int8" and "odd" in with_odd.provenance["quantization"]
+    again = merge(with_odd, replace(manifest, graphs=variant, schemes={}, provenance={}))
+    assert "odd" not in again.schemes and set(again.provenance["quantization"]) == {"int8", "int8-static"}
 
 
 def test_static_nodes_are_what_tensorrt_reads(bundle: Path) -> None:

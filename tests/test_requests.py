@@ -63,6 +63,8 @@ def test_values_per_label() -> None:
         ({"temperature": (1.0, "hot")}, r"temperature\[1\] is 'hot'"),
         ({"guidance_scale": np.ones((2, 2))}, "guidance_scale is array"),
         ({"indices": [1]}, "indices has 1 values for 2 labels"),
+        ({"indices": 5}, "indices is 5; expected a list of integers, one per label"),
+        ({"noise": 3}, "noise is int; expected a Noise"),
         ({"indices": [1, -2]}, "image index is -2; expected an integer from 0"),
         ({"indices": [1, 2.5]}, "image index is 2.5"),
         ({"indices": [0, 1], "noise": Noise.from_seed(0, [0, 1], DIGITS)}, "indices and noise exclude each other"),
@@ -78,14 +80,17 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_micro_batches_hold_guided_images_or_others() -> None:
     scales = [1.0, 3.0, 1.0, 2.0, 5.0, 1.0]
     sampling = resolve([0, 1, 2, 3, 4, 5], guidance_scale=scales, batch_size=2)
-    found = [(rows.tolist(), batch.guided, len(batch), batch.labels.tolist()) for rows, batch in sampling.batches()]
-    assert found == [
-        ([0, 2], False, 2, [0, 2]),
-        ([5], False, 2, [5, 5]),
-        ([1, 3], True, 2, [1, 3]),
-        ([4], True, 2, [4, 4]),
+    found = [(part.rows, part.places, part.batch.guided, part.batch.labels.tolist()) for part in sampling.batches()]
+    assert found == [  # each in its place, the others filled up
+        ([0], [0], False, [0, 0]),
+        ([1], [1], True, [1, 1]),
+        ([2], [0], False, [2, 2]),
+        ([3], [1], True, [3, 3]),
+        ([5], [1], False, [5, 5]),
+        ([4], [0], True, [4, 4]),
     ]
-    assert [rows.tolist() for rows, _ in sampling.batches(first=3)] == [[5], [3, 4]]
+    free = resolve([0, 1, 2, 3, 4, 5], guidance_scale=scales)  # one after another
+    assert [(part.rows, part.places) for part in free.batches()] == [([0, 2, 5], [0, 1, 2]), ([1, 3, 4], [0, 1, 2])]
 
 
 def test_noise_is_made_for_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +107,7 @@ def test_noise_is_made_for_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> 
     assert made == []
     next(batches)
     assert made == [[9, 8]]
-    assert [len(batch) for _, batch in batches] == [2, 2] and made == [[9, 8], [7, 6], [5, 5]]
+    assert [len(part.batch) for part in batches] == [2, 2] and made == [[9, 8], [7, 6], [5, 5]]
 
 
 # ---------------------------------------------------------------------------------------------------------- generating
@@ -136,6 +141,8 @@ def test_a_callback_that_returns_true_stops(pipeline: Pipeline) -> None:
     with pytest.raises(GenerationCancelled, match="cancelled at step 3 of"):
         pipeline.generate([4, 4], seed=1, callback=stop)
     assert seen == [1, 2, 3]
+    with pytest.raises(GenerationCancelled, match="cancelled at step 1 of"):
+        pipeline.generate([4, 4], seed=1, callback=lambda progress: np.True_)
     assert np.array_equal(pipeline.generate([4, 4], seed=1).tokens, want.tokens)
     # What else a callback returns means nothing.
     assert np.array_equal(pipeline.generate([4, 4], seed=1, callback=lambda p: p.step).tokens, want.tokens)
@@ -144,6 +151,8 @@ def test_a_callback_that_returns_true_stops(pipeline: Pipeline) -> None:
 def test_a_stream_refuses_bad_arguments_at_once_and_returns_the_generation(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="label 77 is out of range"):
         pipeline.stream([77])
+    with pytest.raises(ValueError, match="stream takes no callback"):
+        pipeline.stream([3], callback=print)
     stream = pipeline.stream([3], seed=1)
     while True:
         try:
@@ -183,7 +192,7 @@ def test_several_threads_take_turns(pipeline: Pipeline) -> None:
 def test_a_call_from_a_callback_is_an_error(pipeline: Pipeline) -> None:
     with pytest.raises(RuntimeError, match="in the middle of a call of this thread"):
         pipeline.generate([1], callback=lambda progress: pipeline.generate([2]))
-    assert not pipeline._lock.locked() and len(pipeline.generate([1]).images) == 1
+    assert len(pipeline.generate([1]).images) == 1
     shown: list[Any] = []
     pipeline.generate([1], callback=lambda progress: shown.append(progress.preview()))  # which runs the VAE, may be had
     assert all(len(images) == 1 for images in shown)

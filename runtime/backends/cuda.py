@@ -208,13 +208,19 @@ class Cuda:
 
     def record_event(self) -> Any:
         event = self.call("cudaEventCreateWithFlags", self.runtime.cudaEventDisableTiming)
-        self.call("cudaEventRecord", event, self._stream)
+        try:
+            self.call("cudaEventRecord", event, self._stream)
+        except BaseException:
+            self.runtime.cudaEventDestroy(event)
+            raise
         return event
 
     def wait_event(self, event: Any) -> None:
         """Wait until what was launched before the event is done, and destroy it."""
-        self.call("cudaEventSynchronize", event)
-        self.call("cudaEventDestroy", event)
+        try:
+            self.call("cudaEventSynchronize", event)
+        finally:
+            self.runtime.cudaEventDestroy(event)
 
     # Graphs.
 
