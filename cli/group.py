@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from arinar import __version__
+from arinar.text import printable
 
 # What to install when a package of a room is missing.
 INSTALL_HINTS = {
@@ -37,6 +38,8 @@ class ArinarGroup(click.Group):
             fail(f"this command needs the package {error.name!r}: pip install 'arinar[{extra}]'", BAD_INPUT)
         except (ValueError, OSError, ImportError) as error:
             fail(str(error), BAD_INPUT)
+        except RecursionError:
+            fail("a file is nested too deeply to be read; expected one that arinar, or PyTorch, wrote", BAD_INPUT)
         except (RuntimeError, ArithmeticError) as error:
             fail(str(error), FAILED)
         except KeyboardInterrupt:
@@ -44,7 +47,7 @@ class ArinarGroup(click.Group):
 
 
 def fail(message: str, code: int) -> None:
-    click.echo(f"arinar: error: {' '.join(message.split())}", err=True)
+    click.echo(f"arinar: error: {printable(message)}", err=True)
     sys.exit(code)
 
 

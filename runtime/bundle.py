@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from arinar.config import ArinarConfig, VaeConfig
+from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig, check_integer, check_number
+from arinar.files import MAX_JSON, parse_json
 from arinar.schemes import SCHEMES
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
@@ -142,6 +143,10 @@ class FileInfo:
     size: int
     sha256: str
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FileInfo:
+        return cls(check_integer("size", data["size"], 0, 1 << 62), str(data["sha256"]))
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -151,6 +156,11 @@ class Defaults:
     guidance_scale: float
     cfg_schedule: str = "linear"
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_integer("num_iter", self.num_iter, 1, MAX_TOKENS)
+        check_number("guidance_scale", self.guidance_scale, 0, 1e6)
+        check_number("temperature", self.temperature, 0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Raises BundleError for what is not a manifest, or one of an unknown format version."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             version = data["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
@@ -226,9 +236,12 @@ class Manifest:
             manifest = cls(
                 config=ArinarConfig.from_dict(data["config"]),
                 graphs={p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()},
-                files={name: FileInfo(int(f["size"]), str(f["sha256"])) for name, f in data["files"].items()},
+                files={
+                    n: FileInfo(check_integer("size", f["size"], 0, 1 << 62), str(f["sha256"]))
+                    for n, f in data["files"].items()
+                },
                 defaults=Defaults(**data["defaults"]),
-                law={str(name): int(value) for name, value in data["law"].items()},
+                law={str(name): check_integer(name, value, 1, 1 << 20) for name, value in data["law"].items()},
                 schemes={str(name): str(scheme) for name, scheme in data["schemes"].items()},
                 vae=None if data["vae"] is None else VaeConfig.from_dict(data["vae"]),
                 provenance=dict(data["provenance"]),
@@ -302,6 +315,8 @@ class Bundle:
             what = what if folder.exists() else "does not exist"
             raise BundleError(f"{folder} is not a bundle: it {what}. `arinar export CHECKPOINT -o {folder}` makes one")
         try:
+            if (size := file.stat().st_size) > MAX_JSON:
+                raise BundleError(f"{file} has {size:,} bytes; expected at most {MAX_JSON:,}: export the model again")
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{file} is not text; export the model again") from error
