@@ -187,16 +187,17 @@ def _take_apart(path: Path, data: Any) -> Contents:
     if not states:
         held = ", ".join(str(key) for key in list(data)[:6]) or "nothing"
         raise CheckpointError(f"{path} holds no weights (its entries: {held}); expected model, model_ema or state_dict")
-    args, epoch = state_of(data.get("args")), data.get("epoch")
+    saved, epoch = data.get("args"), data.get("epoch")
+    args = state_of(saved)
     args = None if args is None else {str(name): plain(value) for name, value in args.items()}
     contents = Contents(f"training container ({', '.join(states)})", states, args=args)
     contents.epoch = epoch if isinstance(epoch, int) else None
-    unmade = data.get("args") if args is None else {name: v for name, v in args.items() if isinstance(v, Unknown)}
-    if isinstance(unmade, Unknown):
-        contents.notes.append(f"its args are not read: they need {unmade.name}, and nothing is run from a file")
-    elif unmade:
-        held = [f"{name} ({value.name})" for name, value in unmade.items()]
-        contents.notes.append(f"its args hold what is not read, as nothing is run from a file: {some(held, 6)}")
+    unmade = [f"{name} ({value.name})" for name, value in (args or {}).items() if isinstance(value, Unknown)]
+    if unmade:
+        contents.notes.append(f"its args hold what is not read, as nothing is run from a file: {some(unmade, 6)}")
+    elif args is None and saved is not None:
+        what = saved.name if isinstance(saved, Unknown) else f"a {type(saved).__name__}"
+        contents.notes.append(f"its args are not read: they are {what}, expected argparse.Namespace or a dict")
     return contents
 
 
