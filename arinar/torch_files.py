@@ -128,7 +128,8 @@ def read_torch_stream(path: Path) -> Any:
         raise ValueError("it is a pickle, but not one of torch.save")
     if not dict(read_pickle(stream)).get("little_endian", True):
         raise TorchFileError("was written on a big-endian machine, which is not read: save it again on another one")
-    begin, described = stream.tell(), {}
+    begin = stream.tell()
+    described: dict[Any, _StorageId] = {}
 
     def note(pid: Any) -> Any:
         storage_id = _storage_id(pid)
@@ -211,7 +212,7 @@ def _start(info: zipfile.ZipInfo, memory: mmap.mmap) -> int:
     name = memory[place : place + name_length].decode("utf-8" if info.flag_bits & 0x800 else "cp437")
     if magic != _LOCAL_MAGIC or method != zipfile.ZIP_STORED or name != info.orig_filename:
         raise ValueError(f"the header of {info.filename!r} says something else than the archive's directory")
-    return place + name_length + extra_length
+    return int(place + name_length + extra_length)
 
 
 def _check_sum(info: zipfile.ZipInfo, memory: mmap.mmap, start: int, size: int) -> None:

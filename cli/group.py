@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -27,6 +30,10 @@ class ArinarGroup(click.Group):
     """Turns our errors into one line and an exit code: 2 for bad input, 1 for a failed check or computation."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        with _warnings_in_one_line():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # click's own way out (--help, Ctrl-C at a prompt); RuntimeErrors
@@ -44,6 +51,17 @@ class ArinarGroup(click.Group):
             fail(str(error), FAILED)
         except KeyboardInterrupt:
             fail("interrupted", 130)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings speak of files too: they are told as errors are, without the place in the code."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"arinar: warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def fail(message: str, code: int) -> None:

@@ -72,7 +72,8 @@ def _inspect_bundle(path: Path, as_json: bool, verify: bool) -> None:
         click.echo(printable(f"{precision}:"))
         for graph in graphs.values():
             name = printable(graph.name, 90)
-            click.echo(f"  {name}  (opset {graph.opset}, largest error against PyTorch {graph.max_abs_err:.2g})")
+            error = "unknown" if graph.max_abs_err is None else f"{graph.max_abs_err:.2g}"
+            click.echo(f"  {name}  (opset {graph.opset}, largest error against PyTorch {error})")
             for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
                 for tensor in _without_caches(tensors):
                     click.echo(f"    {arrow} {printable(tensor, 200)}")

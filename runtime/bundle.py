@@ -46,7 +46,8 @@ class TensorInfo:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorInfo:
-        return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+        axes = [axis if isinstance(axis, str) else check_integer("an axis", axis, 0, 1 << 31) for axis in data["shape"]]
+        return cls(str(data["name"]), str(data["dtype"]), tuple(axes))
 
 
 class GraphKind:
@@ -121,17 +122,18 @@ class GraphInfo(GraphKind):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GraphInfo:
+        error = data.get("max_abs_err")
         return cls(
             name=str(data["name"]),
             file=str(data["file"]),
-            opset=int(data["opset"]),
+            opset=check_integer("opset", data["opset"], 1, 1000),
             inputs=tuple(TensorInfo.from_dict(item) for item in data["inputs"]),
             outputs=tuple(TensorInfo.from_dict(item) for item in data["outputs"]),
             phase=str(data["phase"]),
             draws=str(data["draws"]),
             small=bool(data["small"]),
             weights=tuple(str(item) for item in data["weights"]),
-            max_abs_err=data.get("max_abs_err"),
+            max_abs_err=None if error is None else check_number("max_abs_err", error, 0, 1e30),
             cpu_file=None if data.get("cpu_file") is None else str(data["cpu_file"]),
         )
 

@@ -404,16 +404,18 @@ def test_every_entry_of_a_config_has_its_type_and_range(kind: Any) -> None:
 def test_lists_and_sizes_of_a_config(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ArinarConfig.from_dict(ArinarConfig().to_dict() | changes)
-    for other in ([], 5, None, "text"):
+    others: list[Any] = [[], 5, None, "text"]
+    for other in others:
         with pytest.raises(ValueError, match="model config is .*; expected an object of named entries"):
-            ArinarConfig.from_dict(other)  # type: ignore[arg-type]
+            ArinarConfig.from_dict(other)
 
 
 def test_depths_are_compared_with_the_weights_before_blocks_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from arinar import checkpoint
+    from arinar.model import Arinar
 
     path = own_file(tmp_path / "a.safetensors", PRESETS["digits"].to_dict() | {"decoder_depth": 1000})
-    monkeypatch.setattr(checkpoint.Arinar, "__new__", lambda *args: pytest.fail("it was built"))
+    monkeypatch.setattr(Arinar, "__new__", lambda *args: pytest.fail("it was built"))
     with pytest.raises(CheckpointError, match="decoder_depth is 1000, its weights have 0 blocks"):
         checkpoint.inspect_checkpoint(path)
 
@@ -637,3 +639,36 @@ def with_text(text: str) -> bytes:
     info.add_text("arinar", text)
     Image.new("RGB", (8, 8)).save(stream, "PNG", pnginfo=info)
     return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("config", "decoder_depth"), 10**30),
+        (("config", "decoder_depth"), 1.5),
+        (("config",), []),
+        (("defaults", "num_iter"), 2.5),
+        (("defaults", "guidance_scale"), "4"),
+        (("defaults", "temperature"), float("nan")),
+        (("num_candidates",), 10**12),
+        (("graphs", "fp32", "inner_step", "opset"), "x"),
+        (("graphs", "fp32", "inner_step", "max_abs_err"), [1]),
+        (("graphs", "fp32", "inner_step", "inputs", 0, "shape"), [10**12]),
+        (("graphs", "fp32"), 5),
+        (("files",), {"a.onnx": {"size": -1, "sha256": ""}}),
+        (("provenance",), "[" * 5),
+    ],
+)
+def test_manifests_are_checked_at_the_door(place: tuple[Any, ...], value: Any) -> None:
+    from arinar.runtime.bundle import BundleError, Manifest
+
+    data: Any = json.loads((HOSTILE.parent / "manifest-0.1-digits.json").read_text())
+    assert Manifest.from_json(json.dumps(data)).config.decoder_depth == 3
+    into = data
+    for step in place[:-1]:
+        into = into[step]
+    into[place[-1]] = value
+    with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+        Manifest.from_json(json.dumps(data))
+    with pytest.raises(BundleError, match="nested more than 64 deep"):
+        Manifest.from_json('{"format_version": 2, "x": ' + "[" * 5000 + "]" * 5000 + "}")
