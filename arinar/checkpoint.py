@@ -42,6 +42,9 @@ __all__ = [
     "save_vae",
 ]
 
+# Blocks that may be missing before a model is built to tell which entries are: a damaged file lacks few.
+_SPARE_BLOCKS = 64
+
 PathLike = str | os.PathLike[str]
 
 
@@ -285,6 +288,7 @@ def _finish(
     notes: list[str],
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Check the weights against what the config calls for, convert them to float32, and sum up."""
+    _check_depths(path, state, settled)
     with torch.device("meta"):
         empty = module(settled.config)
     expected = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
@@ -349,6 +353,20 @@ def _check_shapes(path: Path, state: Mapping[str, Tensor], expected: Mapping[str
             f"{path} does not fit the config {source}: {'; '.join(faults)}; of {len(expected)} expected "
             f"entries. Use the config it was trained with, or a checkpoint of this architecture"
         )
+
+
+def _check_depths(path: Path, state: Mapping[str, Tensor], settled: _Settled) -> None:
+    """Blocks as the config wants them, before any is built: what a file asks for, it must hold."""
+    if not isinstance(settled.config, ArinarConfig):
+        return
+    for stack, prefix in (("encoder", "encoder_blocks."), ("decoder", "decoder_blocks."), ("inner", "arhead.blocks.")):
+        wanted = getattr(settled.config, f"{stack}_depth")
+        found = len({name[len(prefix) :].split(".", 1)[0] for name in state if name.startswith(prefix)})
+        if wanted > found + _SPARE_BLOCKS:
+            raise CheckpointError(
+                f"{path} does not fit the config {settled.source}: {stack}_depth is {wanted}, its weights have {found} blocks. "
+                f"Use the config it was trained with, or a checkpoint of this architecture"
+            )
 
 
 def _parse(path: Path, kind: Any, data: dict[str, Any]) -> Any:

@@ -2,17 +2,15 @@
 
 Our format is safetensors with one metadata entry, ``arinar``: a JSON object of format version, kind
 ("arinar" or "vae"), config, the caller's metadata and a sha256 over all of it and every tensor. Files of torch.save
-go through the restricted unpickler. What the entries mean is no matter here.
+are read as data, by `torch_files`. What the entries mean is no matter here.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
-import warnings
-import zipfile
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import replacing
+from .files import check_regular, parse_json, replacing
+from .pickled import AttackError, Unknown, plain
+from .torch_files import TorchFileError, read_torch_stream, read_torch_zip, state_of
 
 FORMAT_VERSION = 1
 # One entry holds everything: safetensors writes several in random order; equal models give equal bytes.
 METADATA_KEY = "arinar"
 
-# What published containers hold beside tensors. None of these runs anything when it is built.
-_ALLOWED_GLOBALS = [argparse.Namespace]
+# Weights of a file may share storages, but not without end: their copies must have a size that the file answers for.
+_MAX_SHARING = 2
 
 
 class CheckpointError(ValueError):
@@ -81,21 +81,30 @@ class Contents:
 def open_checkpoint(path: Path) -> Contents:
     """Take a file apart by what its first bytes say it is. Raises CheckpointError for what it is not, and for damage."""
     try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise CheckpointError(f"{path} is a folder: give the checkpoint file inside it")
+        check_regular(path)
+        size = path.stat().st_size
         with open(path, "rb") as stream:
             start = stream.read(512)
     except FileNotFoundError:
         raise CheckpointError(f"no file {path}: give the path of a checkpoint, or a demo model's name") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder: give the checkpoint file inside it") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:  # a pipe, a device; a name that no file can have
+        raise CheckpointError(str(error)) from None
     if not start:
         raise CheckpointError(f"{path} is empty: copy or download it again")
+    # The format's own rule comes first: the length of its header can look like the beginning of a pickle.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return _open_safetensors(path)
     if start[:4] == b"PK\x03\x04":
-        return _open_pickle(path, zipped=True)
+        return _open_torch(path, zipped=True)
     if start[0] == 0x80 and len(start) > 1 and start[1] <= 5:
-        return _open_pickle(path, zipped=False)
-    if start[8:9] == b"{":
+        return _open_torch(path, zipped=False)
+    if start[8:9] == b"{":  # its header is longer than the file
         return _open_safetensors(path)
     raise CheckpointError(
         f"{path} is not a checkpoint ({_foreign(start)}): expected safetensors or a PyTorch file (.pth, .pt, .ckpt)"
@@ -132,7 +141,7 @@ def _open_safetensors(path: Path) -> Contents:
     if METADATA_KEY not in metadata:
         return Contents("safetensors without a config", {"": state}, metadata=metadata)
     try:
-        header = json.loads(metadata[METADATA_KEY])
+        header = parse_json(metadata[METADATA_KEY])
         version, kind, config = header["format_version"], header["kind"], dict(header["config"])
         saved, expected = dict(header["metadata"]), header["sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -144,43 +153,32 @@ def _open_safetensors(path: Path) -> Contents:
     return Contents(f"arinar safetensors, version {version}", {"": state}, config, kind, metadata=saved)
 
 
-def _open_pickle(path: Path, zipped: bool) -> Contents:
-    """A file of torch.save through the restricted unpickler: tensors, plain values, argparse.Namespace."""
-    if zipped:
-        # PyTorch's own reader skips the checksums, so flipped bits would pass unnoticed.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                broken = archive.testzip()
-        except Exception as error:  # damage surfaces in a dozen types, NotImplementedError and RuntimeError included
-            _damaged(path, error)
-        if broken is not None:
-            _damaged(path, f"checksum of {broken}")
-        if not any(name.endswith("data.pkl") for name in names):
-            raise CheckpointError(f"{path} is a zip archive, but not a PyTorch checkpoint")
+def _open_torch(path: Path, zipped: bool) -> Contents:
+    """A file of torch.save, read as data: tensors, plain values, and stand-ins for anything else."""
     try:
-        with torch.serialization.safe_globals(list(_ALLOWED_GLOBALS)), warnings.catch_warnings():
-            # Which pickle protocol a file was written with is no concern of the user's.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            # Mapped, so that the optimizer state (twice the model's size) is never read into memory.
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except Exception as error:  # damaged pickles raise nearly anything: KeyError, EOFError, struct.error, ...
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if not found and not zipped:
-            _damaged(path, error)
-        # A zip's checksums were right, so it holds what its writer meant.
-        what = f"needs {found.group(1)}" if found else "holds more than plain values and tensors"
-        raise CheckpointError(
-            f"{path} {what}, which would mean running code from the file, and is refused: save its state "
-            f"dict alone (torch.save(model.state_dict(), ...)), or as safetensors"
-        ) from None
+        data = read_torch_zip(path) if zipped else read_torch_stream(path)
+    except AttackError as error:
+        raise CheckpointError(_needs(path, error.name)) from None
+    except TorchFileError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except Exception as error:  # damage surfaces in a dozen types: KeyError, EOFError, struct.error, BadZipFile, ...
+        _damaged(path, error)
     contents = _take_apart(path, data)
     if not zipped:
         contents.notes.append("an old-style PyTorch file: it carries no checksum")
     return contents
 
 
+def _needs(path: Path, name: str) -> str:
+    return (
+        f"{path} needs {name}, which would mean running code from the file, and is refused: save its state "
+        f"dict alone (torch.save(model.state_dict(), ...)), or as safetensors"
+    )
+
+
 def _take_apart(path: Path, data: Any) -> Contents:
+    if isinstance(data, Unknown):
+        raise CheckpointError(_needs(path, data.name))
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a state dict, or a training container")
     if any(isinstance(value, Tensor) for value in data.values()):
@@ -189,16 +187,18 @@ def _take_apart(path: Path, data: Any) -> Contents:
     if not states:
         held = ", ".join(str(key) for key in list(data)[:6]) or "nothing"
         raise CheckpointError(f"{path} holds no weights (its entries: {held}); expected model, model_ema or state_dict")
-    args = data.get("args")
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    epoch = data.get("epoch")
-    return Contents(
-        f"training container ({', '.join(states)})",
-        states,
-        args=dict(args) if isinstance(args, Mapping) else None,
-        epoch=epoch if isinstance(epoch, int) else None,
-    )
+    saved, epoch = data.get("args"), data.get("epoch")
+    args = state_of(saved)
+    args = None if args is None else {str(name): plain(value) for name, value in args.items()}
+    contents = Contents(f"training container ({', '.join(states)})", states, args=args)
+    contents.epoch = epoch if isinstance(epoch, int) else None
+    unmade = [f"{name} ({value.name})" for name, value in (args or {}).items() if isinstance(value, Unknown)]
+    if unmade:
+        contents.notes.append(f"its args hold what is not read, as nothing is run from a file: {some(unmade, 6)}")
+    elif args is None and saved is not None:
+        what = saved.name if isinstance(saved, Unknown) else f"a {type(saved).__name__}"
+        contents.notes.append(f"its args are not read: they are {what}, expected argparse.Namespace or a dict")
+    return contents
 
 
 def bare_name(name: object) -> str:
@@ -210,6 +210,10 @@ def dense_weights(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names without wrappers' prefixes; every value a dense floating-point tensor."""
     clean: dict[str, Tensor] = {}
     for name, value in state.items():
+        if isinstance(value, Unknown):
+            raise CheckpointError(
+                f"{path}: entry {name} is {value.name}, which is not read; expected dense floating-point weights"
+            )
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: entry {name} is a {type(value).__name__}, not a tensor; expected weights alone")
         if value.layout != torch.strided or not value.is_floating_point():
@@ -218,6 +222,11 @@ def dense_weights(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"weights (quantised checkpoints are not read)"
             )
         clean[bare_name(name)] = value
+    needed, size = sum(value.nbytes for value in clean.values()), path.stat().st_size
+    if needed > _MAX_SHARING * size:
+        raise CheckpointError(
+            f"{path}: its weights share storages: {needed:,} bytes out of a file of {size:,}; save each on its own"
+        )
     return clean
 
 

@@ -6,8 +6,16 @@ Plain Python: both the PyTorch side and the torch-free runtime read it.
 from __future__ import annotations
 
 import json
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from .files import parse_json
+
+#: Tokens of an image: attention takes memory by their square. Blocks of a stack. Longest text of a class name.
+MAX_TOKENS, MAX_DEPTH, MAX_CLASS_NAME = 1 << 16, 1024, 1000
+_MAX_WIDTH, _MAX_HEADS, _MAX_SIDE, _MAX_CLASSES = 1 << 16, 1024, 1 << 15, 1 << 24
 
 OUTER_KINDS = ("masked", "causal")
 HEAD_KINDS = ("gmm",)
@@ -34,8 +42,15 @@ class VaeConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("channel_multipliers", "encoder_attention_levels", "decoder_attention_levels"):
-            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        """Types and ranges, then what fits what. Raises ValueError naming the entry."""
+        _settle_numbers(self, _VAE_INTEGERS, _VAE_NUMBERS)
+        multipliers = _integers("channel_multipliers", self.channel_multipliers, 1, 64, most=8)
+        if not multipliers:
+            raise ValueError("channel_multipliers is empty; expected one for each level of the autoencoder")
+        object.__setattr__(self, "channel_multipliers", multipliers)
+        for name in ("encoder_attention_levels", "decoder_attention_levels"):
+            levels = _integers(name, getattr(self, name), 0, len(multipliers) - 1, most=len(multipliers))
+            object.__setattr__(self, name, levels)
         for multiplier in self.channel_multipliers:
             if self.channels * multiplier % self.norm_groups:
                 raise ValueError(
@@ -102,24 +117,20 @@ class ArinarConfig:
     class_names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", tuple(int(v) for v in self.order))
-        object.__setattr__(self, "class_names", tuple(str(v) for v in self.class_names))
-        for name in ("latent_scale", "latent_shift"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)):
-                value = tuple(float(v) for v in value)
-                if len(value) != self.vae_embed_dim:
-                    raise ValueError(
-                        f"{name} has {len(value)} values; expected one number or {self.vae_embed_dim} (one per latent channel)"
-                    )
-                object.__setattr__(self, name, value)
-        if self.outer not in OUTER_KINDS:
-            raise ValueError(f"outer is {self.outer!r}; choose one of {', '.join(OUTER_KINDS)}")
-        if self.head not in HEAD_KINDS:
-            raise ValueError(f"head is {self.head!r}; choose one of {', '.join(HEAD_KINDS)}")
+        """Types and ranges, then what fits what. Raises ValueError naming the entry."""
+        for name, kinds in (("outer", OUTER_KINDS), ("head", HEAD_KINDS)):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} is {_shown(getattr(self, name))}; choose one of {', '.join(kinds)}")
+        _settle_numbers(self, _INTEGERS, _NUMBERS)
+        self._settle_lists()
         if self.img_size % (self.vae_stride * self.patch_size):
             raise ValueError(
                 f"img_size {self.img_size} is not a multiple of vae_stride x patch_size ({self.vae_stride} x {self.patch_size})"
+            )
+        if self.seq_len > MAX_TOKENS:
+            raise ValueError(
+                f"img_size {self.img_size} makes {self.seq_len:,} tokens of an image; expected at most {MAX_TOKENS:,}: "
+                f"a larger vae_stride or patch_size makes fewer"
             )
         for room in ("encoder", "decoder", "inner"):
             width, heads = getattr(self, f"{room}_width"), getattr(self, f"{room}_heads")
@@ -136,6 +147,26 @@ class ArinarConfig:
             check_order(self.order, self.seq_len)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names for {self.num_classes} classes")
+
+    def _settle_lists(self) -> None:
+        """Entries of several values as tuples: ``order``, ``class_names``, a latent channel's own scale and shift."""
+        object.__setattr__(self, "order", _integers("order", self.order, 0, MAX_TOKENS - 1, most=MAX_TOKENS))
+        names = _listed("class_names", self.class_names, _MAX_CLASSES)
+        for name in names:
+            if not isinstance(name, str) or len(name) > MAX_CLASS_NAME:
+                raise ValueError(f"class_names holds {_shown(name)}; expected texts of at most {MAX_CLASS_NAME} characters")
+        object.__setattr__(self, "class_names", names)
+        for name in ("latent_scale", "latent_shift"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)):
+                object.__setattr__(self, name, check_number(name, value, -1e6, 1e6))
+                continue
+            values = tuple(check_number(name, v, -1e6, 1e6) for v in _listed(name, value, 1 << 16))
+            if len(values) != self.vae_embed_dim:
+                raise ValueError(
+                    f"{name} has {len(values)} values; expected one number or {self.vae_embed_dim} (one per latent channel)"
+                )
+            object.__setattr__(self, name, values)
 
     @property
     def grid_size(self) -> int:
@@ -186,7 +217,92 @@ class ArinarConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ArinarConfig:
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
+
+
+# Entry -> least and largest value.
+_INTEGERS: dict[str, tuple[int, int]] = {
+    "img_size": (1, _MAX_SIDE),
+    "vae_stride": (1, 1 << 10),
+    "patch_size": (1, 1 << 6),
+    "vae_embed_dim": (1, 1 << 12),
+    "num_classes": (1, _MAX_CLASSES),
+    "buffer_size": (0, MAX_TOKENS),
+    "encoder_width": (1, _MAX_WIDTH),
+    "encoder_depth": (0, MAX_DEPTH),
+    "encoder_heads": (1, _MAX_HEADS),
+    "decoder_width": (1, _MAX_WIDTH),
+    "decoder_depth": (0, MAX_DEPTH),
+    "decoder_heads": (1, _MAX_HEADS),
+    "inner_width": (1, _MAX_WIDTH),
+    "inner_depth": (0, MAX_DEPTH),
+    "inner_heads": (1, _MAX_HEADS),
+    "num_gaussians": (1, 1 << 12),
+    "default_num_iter": (1, MAX_TOKENS),
+}
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "mlp_ratio": (1e-3, 64),
+    "inner_mlp_ratio": (1e-3, 64),
+    "norm_eps": (0, 1),
+    "default_guidance_scale": (0, 1e6),
+}
+_VAE_INTEGERS: dict[str, tuple[int, int]] = {
+    "embed_dim": (1, 1 << 12),
+    "channels": (1, 1 << 12),
+    "num_res_blocks": (1, 64),
+    "in_channels": (1, 1 << 10),
+    "out_channels": (1, 1 << 10),
+    "norm_groups": (1, 1 << 12),
+}
+_VAE_NUMBERS: dict[str, tuple[float, float]] = {"norm_eps": (0, 1)}
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int. Raises ValueError unless it is a whole number (no bool, no float) in low..high."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or not low <= found <= high:
+        raise ValueError(f"{name} is {_shown(value)}; expected an integer in {low}..{high}")
+    return found
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """``value``. Raises ValueError unless it is a finite number (no bool, no text) in low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} is {_shown(value)}; expected a number in {low:g}..{high:g}")
+    return value
+
+
+def _settle_numbers(config: Any, integers: dict[str, tuple[int, int]], numbers: dict[str, tuple[float, float]]) -> None:
+    for name, limits in integers.items():
+        object.__setattr__(config, name, check_integer(name, getattr(config, name), *limits))
+    for name, bounds in numbers.items():
+        check_number(name, getattr(config, name), *bounds)
+
+
+def _listed(name: str, value: Any, most: int) -> tuple[Any, ...]:
+    """A list's values. Raises ValueError for text, for what is no list, and for more than ``most`` values."""
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} is {_shown(value)}; expected a list")
+    values = tuple(value)
+    if len(values) > most:
+        raise ValueError(f"{name} has {len(values):,} values; expected at most {most:,}")
+    return values
+
+
+def _integers(name: str, value: Any, low: int, high: int, most: int) -> tuple[int, ...]:
+    return tuple(check_integer(name, v, low, high) for v in _listed(name, value, most))
+
+
+def _shown(value: Any) -> str:
+    """A value that may be anything, short: numbers of a million digits take for ever as text."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return repr(value[:60] + "..." if isinstance(value, str) and len(value) > 60 else value)
+    return f"a {type(value).__name__}"
 
 
 def check_order(order: tuple[int, ...], seq_len: int) -> None:
@@ -198,8 +314,10 @@ def check_order(order: tuple[int, ...], seq_len: int) -> None:
 
 
 def _known(cls: type, data: dict[str, Any], what: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what} is {_shown(data)}; expected an object of named entries")
     names = {f.name for f in fields(cls)}
-    unknown = sorted(set(data) - names)
+    unknown = sorted(_shown(name).strip("'") for name in set(data) - names)[:6]
     if unknown:
         raise ValueError(f"{what} has unknown entries {', '.join(unknown)}; it was written by a newer version?")
     return dict(data)

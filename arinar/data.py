@@ -7,6 +7,7 @@ Letters: N images, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ DIGITS_SIZE = 32
 #: Digits set aside for choosing weights; 1,500 are left for training.
 DIGITS_HELD_OUT = 297
 DIGITS_SPLIT_SEED = 0
+
+#: What is read of a folder. No other decoder starts: some formats are programs (PostScript), run by another one.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 # An empty border of one source pixel: the scanned digits touch the edges of their 8x8 frames.
 _DIGITS_BORDER = 1
@@ -91,7 +95,7 @@ def load_dataset(
 def load_folder(folder: str | Path, *, img_size: int, held_out: float = 0.1, seed: int = 0) -> Dataset:
     """Images of a folder with one sub-folder per class; sorted sub-folder names are class ids 0, 1, ...
 
-    Every file that Pillow knows by its ending is read, centre-cropped to a square and resized to ``img_size``.
+    Every file with an ending of FORMATS is read, centre-cropped to a square and resized to ``img_size``.
 
     Raises ValueError naming the folder or file that cannot be used.
     """
@@ -114,7 +118,7 @@ def load_folder(folder: str | Path, *, img_size: int, held_out: float = 0.1, see
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
-    endings = Image.registered_extensions()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in endings:
             yield path
@@ -122,10 +126,18 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 def _read_image(path: Path, img_size: int) -> Any:
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(
+            f"{path} has too many pixels for an image; expected at most {Image.MAX_IMAGE_PIXELS:,}: scale it down, or remove it"
+        ) from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} cannot be read as an image: expected one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # what Pillow raises for damaged files has no common type
+        raise ValueError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
     square = ImageOps.fit(upright, (img_size, img_size), Image.Resampling.BICUBIC, centering=(0.5, 0.5))
     return np.asarray(square, dtype=np.uint8)
 

@@ -1,7 +1,8 @@
-"""Text for people to read: tables in columns."""
+"""Text for people to read: tables in columns, and text of unknown origin made fit for a terminal."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -9,3 +10,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of equally many cells -> lines, each column as wide as its widest cell, columns two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def printable(text: object, most: int = 2000) -> str:
+    """Text of unknown origin as one line for a terminal: at most ``most`` characters, its middle left out where it has
+    more; white space as single spaces, and control characters (escape sequences, text that runs backwards) as escapes."""
+    words = str(text)
+    if len(words) > 8 * most:  # before the work of looking at every character
+        words = words[: 4 * most] + words[-4 * most :]
+    line = "".join(_escaped(character) for character in " ".join(words.split()))
+    if len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}" if most > 40 else f"{line[: max(most - 3, 0)]}..."
+
+
+def _escaped(character: str) -> str:
+    # Control and format characters, lone surrogates, private use, not assigned; separators of lines and paragraphs.
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode()
+    return character

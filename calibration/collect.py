@@ -132,10 +132,13 @@ class RecordingBackend(OnnxRuntimeCpu):
         for name in layer_graphs(self._graphs):
             graph = self._parsed[name] = Graph.load(bundle.path(self._graphs[name].file))
             tensors = self._ready(self._graphs[name], self.threads)[1]
-            recording.tensors.setdefault(name, tensors)
-            recording.maxima.setdefault(name, np.zeros((len(tensors), num_steps)))
+            _agree(f"tensors of {name}", recording.tensors.setdefault(name, tensors), tensors)
+            maxima = recording.maxima.setdefault(name, np.zeros((len(tensors), num_steps)))
+            _agree(f"maxima of {name}", maxima.shape, (len(tensors), num_steps))
             for layer in graph.layers.values():
-                recording.layers.setdefault(layer.name, TensorStatistics(len(layer.weight), num_steps))
+                made = TensorStatistics(len(layer.weight), num_steps)
+                kept = recording.layers.setdefault(layer.name, made)
+                _agree(f"statistics of {layer.name}", (kept.channels, kept.steps), (made.channels, made.steps))
 
     def _load(self, graph: GraphInfo, threads: int) -> Any:
         if graph.name not in self._parsed:
@@ -246,6 +249,24 @@ class RecordingBackend(OnnxRuntimeCpu):
         return draw if draw < STEP_SAMPLES else None
 
 
+def _agree(what: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise CalibrationError(f"the recording's {what} are not this model's; delete it and calibrate again")
+
+
+def _check_samples(samples: Sequence[StepSample], bundle: Bundle, sampling: Sampling) -> None:
+    """Raise CalibrationError unless samples that came from a file can be fed to the bundle's outer graphs."""
+    config, graphs = bundle.manifest.config, bundle.manifest.precision_graphs("fp32")
+    for number, sample in enumerate(samples):
+        info = graphs.get(sample.graph)
+        fits = info is not None and info.phase == "outer" and set(sample.feed) == {tensor.name for tensor in info.inputs}
+        fits = fits and sample.step < sampling.num_iter and sample.tokens.shape[1] == config.token_dim
+        _agree(f"sample {number}", fits, True)
+        labels = sample.labels
+        fits = labels.min(initial=0) >= -1 and labels.max(initial=0) < config.num_classes
+        _agree(f"labels of sample {number}", bool(fits), True)
+
+
 def check_arguments(
     config: ArinarConfig,
     defaults: Defaults,
@@ -314,6 +335,7 @@ def collect(
                 f"{partial} is the interrupted run of another calibration ({', '.join(differing)} differ); delete it, "
                 f"or repeat that run's settings"
             )
+        _check_samples(recording.samples, bundle, sampling)
         say(f"resuming after {recording.done} of {num_images} images")
     backend = RecordingBackend(bundle, recording, sampling.num_iter, sampling.seed, threads)
     graphs = bundle.manifest.precision_graphs("fp32")

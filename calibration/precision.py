@@ -119,6 +119,8 @@ class Evaluator:
                         feed[past] = feed[past].copy()
                         feed[past][:, :, : made[name].shape[2]] = made[name]
             (z,) = sessions[sample.graph].run(["z"], feed)
+            if sample.rows.max(initial=0) >= len(z):
+                raise CalibrationError(f"a recorded sample has rows beyond the {len(z)} of its step; calibrate again")
             found.append(z[sample.rows])
         return np.concatenate(found)
 

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arinar.files import replacing
+from arinar.config import MAX_TOKENS, check_integer
+from arinar.files import parse_json, read_npz, replacing
 
 from .ranges import TensorStatistics
 
 Array = npt.NDArray[Any]
 # Of the file that keeps a recording.
 RECORDING_VERSION = 3
+# Bytes of it, read: the kept steps of the largest causal model, each with its cache. Samples of it.
+MAX_RECORDING, MAX_SAMPLES = 3 << 30, 1024
 
 
 class CalibrationError(ValueError):
@@ -37,6 +40,13 @@ class StepSample:
     labels: Array
     rows: Array
     tokens: Array
+
+    def check(self) -> None:
+        """Raise ValueError where the parts do not fit each other."""
+        shapes = [value.shape for value in (self.labels, self.rows, self.tokens)]
+        whole = all(value.dtype.kind == "i" and value.ndim == 1 for value in (self.labels, self.rows))
+        if not whole or self.tokens.ndim != 2 or len(self.tokens) != len(self.rows) or self.rows.min(initial=0) < 0:
+            raise ValueError(f"a sample has labels, rows and tokens {shapes}; expected (N,), (R,), (R, D)")
 
 
 @dataclass
@@ -77,32 +87,39 @@ class Recording:
     def load(cls, path: Path) -> Recording:
         """Raises CalibrationError for what is not such a file."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            head = json.loads(str(arrays.pop("head")))
+            arrays = read_npz(path, MAX_RECORDING)
+            head = parse_json(str(arrays.pop("head")))
             if head["version"] != RECORDING_VERSION:
                 raise ValueError(f"it has version {head['version']}; this version of arinar reads {RECORDING_VERSION}")
-            made = cls(head["settings"], done=head["done"], seen_steps=head["seen_steps"])
-            made.tensors = head["tensors"]
-            grouped: dict[str, dict[str, Array]] = {}
-            feeds: dict[int, dict[str, Array]] = {}
-            parts: dict[int, dict[str, Array]] = {}
-            for name, value in arrays.items():
-                kind, *rest = name.split("|")
-                if kind == "layer":
-                    grouped.setdefault(rest[0], {})[rest[1]] = value
-                elif kind == "maxima":
-                    made.maxima[rest[0]] = value
-                elif kind == "sample" and rest[1] == "feed":
-                    feeds.setdefault(int(rest[0]), {})[rest[2]] = value
-                elif kind == "sample":
-                    parts.setdefault(int(rest[0]), {})[rest[1]] = value
-            made.layers = {name: TensorStatistics.from_arrays(value) for name, value in grouped.items()}
-            made.samples = [
-                StepSample(graph, step, feeds.get(i, {}), **parts[i]) for i, (graph, step) in enumerate(head["samples"])
-            ]
+            done, seen = (check_integer(name, head[name], 0, 1 << 48) for name in ("done", "seen_steps"))
+            made = cls(dict(head["settings"]), done=done, seen_steps=seen, tensors=dict(head["tensors"]))
+            made._fill(arrays, head["samples"])
         except Exception as error:  # what NumPy, zipfile and zlib raise for damaged files has no common type
             raise CalibrationError(
                 f"{path} is damaged, or no recording of `arinar calibrate` ({error}); delete it and calibrate again"
             ) from error
         return made
+
+    def _fill(self, arrays: dict[str, Array], samples: list[tuple[str, int]]) -> None:
+        """Give every array its place by its name. Raises ValueError for one that has none."""
+        if len(samples) > MAX_SAMPLES:
+            raise ValueError(f"it has {len(samples):,} samples; expected at most {MAX_SAMPLES}")
+        layers: dict[str, dict[str, Array]] = {}
+        feeds: list[dict[str, Array]] = [{} for _ in samples]
+        parts: list[dict[str, Array]] = [{} for _ in samples]
+        for name, value in arrays.items():
+            kind, *rest = name.split("|")
+            if kind == "layer" and len(rest) == 2:
+                layers.setdefault(rest[0], {})[rest[1]] = value
+            elif kind == "maxima" and len(rest) == 1:
+                self.maxima[rest[0]] = value
+            elif kind == "sample" and len(rest) in (2, 3):
+                index = check_integer("the number of a sample", int(rest[0]), 0, len(samples) - 1)
+                (parts if len(rest) == 2 else feeds)[index][rest[-1]] = value
+            else:
+                raise ValueError(f"it has an array {name[:60]!r}, which no recording has")
+        self.layers = {name: TensorStatistics.from_arrays(value) for name, value in layers.items()}
+        for (graph, step), feed, part in zip(samples, feeds, parts, strict=True):
+            sample = StepSample(str(graph), check_integer("the step of a sample", step, 0, MAX_TOKENS), feed, **part)
+            sample.check()
+            self.samples.append(sample)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from arinar import __version__
+from arinar.text import printable
 
 # What to install when a package of a room is missing.
 INSTALL_HINTS = {
@@ -26,6 +30,10 @@ class ArinarGroup(click.Group):
     """Turns our errors into one line and an exit code: 2 for bad input, 1 for a failed check or computation."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        with _warnings_in_one_line():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # click's own way out (--help, Ctrl-C at a prompt); RuntimeErrors
@@ -37,14 +45,27 @@ class ArinarGroup(click.Group):
             fail(f"this command needs the package {error.name!r}: pip install 'arinar[{extra}]'", BAD_INPUT)
         except (ValueError, OSError, ImportError) as error:
             fail(str(error), BAD_INPUT)
+        except RecursionError:
+            fail("a file is nested too deeply to be read; expected one that arinar, or PyTorch, wrote", BAD_INPUT)
         except (RuntimeError, ArithmeticError) as error:
             fail(str(error), FAILED)
         except KeyboardInterrupt:
             fail("interrupted", 130)
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings speak of files too: they are told as errors are, without the place in the code."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"arinar: warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def fail(message: str, code: int) -> None:
-    click.echo(f"arinar: error: {' '.join(message.split())}", err=True)
+    click.echo(f"arinar: error: {printable(message)}", err=True)
     sys.exit(code)
 
 

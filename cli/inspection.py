@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from arinar.text import aligned
+from arinar.text import aligned, printable
 
 from .common import CHECKPOINT, print_json
 from .group import main
@@ -36,7 +36,7 @@ def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: i
     if as_json:
         print_json(info.to_dict())
         return
-    click.echo(f"{info.path}: {info.source}")
+    click.echo(printable(f"{info.path}: {info.source}"))
     rows = [
         ("kind", info.kind),
         ("weights", info.weights),
@@ -49,9 +49,9 @@ def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: i
         rows.append(("inner heads", f"{info.inner_heads} ({info.inner_heads_source})"))
     _rows([*rows, *info.metadata.items()])
     for note in info.notes:
-        click.echo(f"note: {note}")
+        click.echo(printable(f"note: {note}"))
     for warning in info.warnings:
-        click.echo(f"WARNING: {warning}")
+        click.echo(printable(f"WARNING: {warning}"))
 
 
 def _inspect_bundle(path: Path, as_json: bool, verify: bool) -> None:
@@ -69,12 +69,14 @@ def _inspect_bundle(path: Path, as_json: bool, verify: bool) -> None:
     click.echo(f"{path}: bundle of format {manifest.format_version}, {size / 1e6:.1f} MB, {state}")
     _rows([*manifest.config.to_dict().items(), *manifest.provenance.items()])
     for precision, graphs in manifest.graphs.items():
-        click.echo(f"{precision}:")
+        click.echo(printable(f"{precision}:"))
         for graph in graphs.values():
-            click.echo(f"  {graph.name}  (opset {graph.opset}, largest error against PyTorch {graph.max_abs_err:.2g})")
+            name = printable(graph.name, 90)
+            error = "unknown" if graph.max_abs_err is None else f"{graph.max_abs_err:.2g}"
+            click.echo(f"  {name}  (opset {graph.opset}, largest error against PyTorch {error})")
             for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
                 for tensor in _without_caches(tensors):
-                    click.echo(f"    {arrow} {tensor}")
+                    click.echo(f"    {arrow} {printable(tensor, 200)}")
 
 
 def _without_caches(tensors: Any) -> list[str]:
@@ -88,6 +90,5 @@ def _without_caches(tensors: Any) -> list[str]:
 
 
 def _rows(rows: list[tuple[str, Any]]) -> None:
-    texts = [(name, str(value)) for name, value in rows]
-    for line in aligned([(name, text if len(text) <= 90 else text[:87] + "...") for name, text in texts]):
+    for line in aligned([(printable(name, 40), printable(value, 90)) for name, value in rows]):
         click.echo(f"  {line}")

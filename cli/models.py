@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,14 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
     """
     from arinar import train as training
     from arinar.config import ArinarConfig, VaeConfig
+    from arinar.files import read_json
 
     chosen: Any = config
     if config.endswith(".json"):
         kind: Any = VaeConfig if what == "vae" else ArinarConfig
         try:
-            chosen = kind.from_dict(json.loads(Path(config).read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+            chosen = kind.from_dict(read_json(config))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{config} is not a {what} config: {error}") from error
     arguments = without_none(given) | {"config": chosen, "data": data, "seed": seed, "device": device}
     if what == "model":

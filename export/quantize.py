@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from arinar.files import read_json
 from arinar.model import Arinar
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
@@ -52,7 +52,7 @@ class Calibration:
         """Raises ExportError for what is not a calibration file of this version."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             if data["kind"] != CALIBRATION_KIND:
                 raise KeyError("kind")
             version = data["format_version"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from arinar.files import read_json
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import check_number
@@ -267,7 +268,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report that `arinar bench -o` wrote. Raises ValueError where the file cannot be read, or is another kind."""
     remedy = "name a JSON file that `arinar bench -o FILE` wrote"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
     except ValueError as error:  # neither text nor JSON

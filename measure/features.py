@@ -7,7 +7,6 @@ Features are pluggable: any callable images -> (N, F). Built in is one that need
 from __future__ import annotations
 
 import importlib
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import PRESETS, ArinarConfig
+from arinar.files import read_npz
 
 Array = npt.NDArray[Any]
 Features = Callable[[Array], Array]
 
+#: Bytes of a file of statistics: of 8,192 features, in double precision.
+MAX_STATS = 1 << 29
 BUILTIN_WIDTH, _SIDE, _CELLS, _ANGLES = 32, 32, 4, 8
 
 
@@ -167,10 +169,10 @@ def check_features(values: Any, count: int, name: str) -> Array:
 def read_stats(path: Path, width: int) -> tuple[Array, Array]:
     """``mu`` (F,) and ``sigma`` (F, F) of an .npz file. Raises ValueError where they do not fit the features."""
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not a file of that kind" if path.exists() else "there is no such file")
-        with np.load(path, allow_pickle=False) as file:
-            mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+        if not path.exists():
+            raise ValueError("there is no such file")
+        arrays = read_npz(path, MAX_STATS)
+        mean, covariance = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
     except Exception as error:  # what NumPy, zipfile and zlib raise for damaged files has no common type
         raise ValueError(f"{path} holds no statistics ({error}); expected an .npz with mu (F,) and sigma (F, F)") from error
     if mean.shape != (width,) or covariance.shape != (width, width):

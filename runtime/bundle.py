@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from arinar.config import ArinarConfig, VaeConfig
+from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig, check_integer, check_number
+from arinar.files import MAX_JSON, parse_json
 from arinar.schemes import SCHEMES
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
@@ -45,7 +46,8 @@ class TensorInfo:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorInfo:
-        return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+        axes = [axis if isinstance(axis, str) else check_integer("an axis", axis, 0, 1 << 31) for axis in data["shape"]]
+        return cls(str(data["name"]), str(data["dtype"]), tuple(axes))
 
 
 class GraphKind:
@@ -120,17 +122,18 @@ class GraphInfo(GraphKind):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GraphInfo:
+        error = data.get("max_abs_err")
         return cls(
             name=str(data["name"]),
             file=str(data["file"]),
-            opset=int(data["opset"]),
+            opset=check_integer("opset", data["opset"], 1, 1000),
             inputs=tuple(TensorInfo.from_dict(item) for item in data["inputs"]),
             outputs=tuple(TensorInfo.from_dict(item) for item in data["outputs"]),
             phase=str(data["phase"]),
             draws=str(data["draws"]),
             small=bool(data["small"]),
             weights=tuple(str(item) for item in data["weights"]),
-            max_abs_err=data.get("max_abs_err"),
+            max_abs_err=None if error is None else check_number("max_abs_err", error, 0, 1e30),
             cpu_file=None if data.get("cpu_file") is None else str(data["cpu_file"]),
         )
 
@@ -142,6 +145,10 @@ class FileInfo:
     size: int
     sha256: str
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FileInfo:
+        return cls(check_integer("size", data["size"], 0, 1 << 62), str(data["sha256"]))
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -151,6 +158,11 @@ class Defaults:
     guidance_scale: float
     cfg_schedule: str = "linear"
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_integer("num_iter", self.num_iter, 1, MAX_TOKENS)
+        check_number("guidance_scale", self.guidance_scale, 0, 1e6)
+        check_number("temperature", self.temperature, 0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,7 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Raises BundleError for what is not a manifest, or one of an unknown format version."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             version = data["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
@@ -226,9 +238,12 @@ class Manifest:
             manifest = cls(
                 config=ArinarConfig.from_dict(data["config"]),
                 graphs={p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()},
-                files={name: FileInfo(int(f["size"]), str(f["sha256"])) for name, f in data["files"].items()},
+                files={
+                    n: FileInfo(check_integer("size", f["size"], 0, 1 << 62), str(f["sha256"]))
+                    for n, f in data["files"].items()
+                },
                 defaults=Defaults(**data["defaults"]),
-                law={str(name): int(value) for name, value in data["law"].items()},
+                law={str(name): check_integer(name, value, 1, 1 << 20) for name, value in data["law"].items()},
                 schemes={str(name): str(scheme) for name, scheme in data["schemes"].items()},
                 vae=None if data["vae"] is None else VaeConfig.from_dict(data["vae"]),
                 provenance=dict(data["provenance"]),
@@ -304,6 +319,8 @@ class Bundle:
             what = what if folder.exists() else "does not exist"
             raise BundleError(f"{folder} is not a bundle: it {what}. `arinar export CHECKPOINT -o {folder}` makes one")
         try:
+            if (size := file.stat().st_size) > MAX_JSON:
+                raise BundleError(f"{file} has {size:,} bytes; expected at most {MAX_JSON:,}: export the model again")
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{file} is not text; export the model again") from error

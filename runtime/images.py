@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from arinar.files import replacing
+from arinar.files import check_regular, parse_json, replacing
 
 METADATA_KEY = "arinar"
+# Larger files are none of ours: the largest image that a model may make, stored without compression.
+MAX_BYTES = 1 << 32
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -30,10 +33,28 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What :func:`save_png` put into a file; None where it is not a whole PNG of ours."""
     try:
+        check_regular(Path(path))
+        if Path(path).stat().st_size > MAX_BYTES:
+            return None
         found = dict(_text(content) for kind, content in _chunks(Path(path).read_bytes()) if kind == b"tEXt")
-        return dict(json.loads(found[METADATA_KEY]))
-    except (OSError, ValueError, KeyError, TypeError):
+        metadata = parse_json(found[METADATA_KEY])
+    except (OSError, ValueError, KeyError):
         return None
+    return metadata if isinstance(metadata, dict) else None
+
+
+def read_png(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:
+    """A PNG of (width, height) pixels as RGB. Raises ValueError for a file that is no whole one of that size."""
+    try:
+        check_regular(Path(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its size is known, and looked at first
+            with Image.open(path, formats=("PNG",)) as image:
+                if image.size != size:
+                    raise ValueError(f"it has {image.size[0]} x {image.size[1]} pixels, expected {size[0]} x {size[1]}")
+                return image.convert("RGB")
+    except Exception as error:  # what Pillow raises for damaged files has no common type
+        raise ValueError(f"{path} cannot be shown: {error}; delete it, and it is made again") from None
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from .bundle import MANIFEST_NAME, file_sha256
-from .images import read_metadata, save_png
+from .images import read_metadata, read_png, save_png
 from .pipeline import Pipeline
 
 
@@ -91,11 +91,8 @@ class Worklist:
 
     def images(self) -> list[Image.Image]:
         """All images of the list, read back from the folder."""
-        loaded = []
-        for path in self.paths:
-            with Image.open(path) as image:
-                loaded.append(image.convert("RGB"))
-        return loaded
+        side = self.pipeline.config.img_size
+        return [read_png(path, (side, side)) for path in self.paths]
 
 
 def _writable(folder: Path) -> None:

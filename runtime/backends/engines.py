@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from arinar.files import check_regular, parse_json
+
 from ..bundle import Bundle, BundleError, file_sha256
 
 ENGINES, ENGINE_SUFFIX, SIDECAR_SUFFIX = "engines", ".engine", ".json"
@@ -90,7 +92,7 @@ class EngineInfo:
     def from_json(cls, text: str) -> EngineInfo:
         """Raises ValueError for what is not a sidecar of this version."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if (found := data["sidecar_version"]) != SIDECAR_VERSION:
                 raise ValueError(f"its sidecar has version {found}; this version of arinar reads {SIDECAR_VERSION}")
             unknown = set(data) - {f.name for f in fields(cls)}
@@ -170,6 +172,7 @@ def list_engines(bundle: Bundle, problems: list[str] | None = None) -> list[Engi
         path = sidecar.with_suffix(ENGINE_SUFFIX)
         try:
             bundle.path(path.relative_to(bundle.folder).as_posix())  # links that lead out of the bundle
+            check_regular(sidecar)
             info = EngineInfo.from_json(sidecar.read_text(encoding="utf-8"))
             size = path.stat().st_size
             if size != info.size:
