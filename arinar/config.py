@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
+
+from .schedule import check_cfg_schedule
 
 OUTER_KINDS = ("masked", "causal")
 HEAD_KINDS = ("gmm",)
@@ -99,6 +102,8 @@ class ArinarConfig:
     # What `generate` uses when the caller does not say; carried into the bundle.
     default_num_iter: int = 64
     default_guidance_scale: float = 4.5
+    default_cfg_schedule: str = "linear"
+    default_temperature: float = 1.0
     class_names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -115,6 +120,9 @@ class ArinarConfig:
                 object.__setattr__(self, name, value)
         if self.outer not in OUTER_KINDS:
             raise ValueError(f"outer is {self.outer!r}; choose one of {', '.join(OUTER_KINDS)}")
+        check_cfg_schedule(self.default_cfg_schedule)
+        if not self.default_temperature > 0:
+            raise ValueError(f"default_temperature is {self.default_temperature}; expected a number above 0")
         if self.head not in HEAD_KINDS:
             raise ValueError(f"head is {self.head!r}; choose one of {', '.join(HEAD_KINDS)}")
         if self.img_size % (self.vae_stride * self.patch_size):
@@ -199,9 +207,12 @@ def check_order(order: tuple[int, ...], seq_len: int) -> None:
 
 def _known(cls: type, data: dict[str, Any], what: str) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
-    unknown = sorted(set(data) - names)
+    unknown = sorted(set(data) - names, key=str)
     if unknown:
-        raise ValueError(f"{what} has unknown entries {', '.join(unknown)}; it was written by a newer version?")
+        near = {name: get_close_matches(str(name), names, n=1) for name in unknown[:6]}
+        listed = ", ".join(f"{name} (nearest: {found[0]})" if found else str(name) for name, found in near.items())
+        more = f" and {len(unknown) - len(near)} more" if len(unknown) > len(near) else ""
+        raise ValueError(f"{what} has unknown entries {listed}{more}; mistyped, or written by a newer version?")
     return dict(data)
 
 

@@ -152,6 +152,13 @@ class Defaults:
     cfg_schedule: str = "linear"
     temperature: float = 1.0
 
+    @classmethod
+    def of(cls, config: ArinarConfig) -> Defaults:
+        """Those that a model's config carries."""
+        return cls(
+            config.default_num_iter, config.default_guidance_scale, config.default_cfg_schedule, config.default_temperature
+        )
+
 
 @dataclass(frozen=True)
 class Manifest:
