@@ -101,7 +101,7 @@ def defaults(args: Args, seq_len: int) -> tuple[dict[str, Any], list[str]]:
     ``num_iter`` is cut to ``seq_len``; ``cfg`` 0 means none there, 1 here; the temperature becomes one that multiplies.
     """
     found: dict[str, Any] = {}
-    ignored = []
+    notes = []
     for name, field, wanted in (
         ("num_iter", "default_num_iter", "a whole number from 1 on"),
         ("cfg", "default_guidance_scale", "a number from 1 on, or 0 for none"),
@@ -112,17 +112,13 @@ def defaults(args: Args, seq_len: int) -> tuple[dict[str, Any], list[str]]:
             continue
         value = _default(name, args[name], seq_len, divides_by_temperature(args))
         if value is None:
-            ignored.append(f"its saved {name} is {shown(args[name])}, not {wanted}: it does not become the default")
+            notes.append(f"its saved {name} is {shown(args[name])}, not {wanted}: it does not become the default")
         else:
             found[field] = value
     if found:
-        names = ", ".join(
-            f"{name.removeprefix('default_')} {value:.6g}" for name, value in found.items() if value not in CFG_SCHEDULES
-        )
-        schedule = found.get("default_cfg_schedule")
-        listed = ", ".join(part for part in (names, f"cfg_schedule {schedule}" if schedule else "") if part)
-        ignored.insert(0, f"defaults of sampling are those of its saved args: {listed}")
-    return found, ignored
+        listed = ", ".join(f"{name.removeprefix('default_')} {value}" for name, value in found.items())
+        notes.insert(0, f"defaults of sampling are those of its saved args: {listed}")
+    return found, notes
 
 
 def _default(name: str, value: Any, seq_len: int, divides: bool) -> Any:
