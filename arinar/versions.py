@@ -141,7 +141,7 @@ def notes_from_args(args: Args) -> list[str]:
     if divides_by_temperature(args):
         when = "a version of 2025-03-29 to 04-05, which has inner_ar_width but still" if "inner_ar_width" in args else None
         notes.append(
-            f"written by {when or 'one of the first public versions, which'} divides the std by the temperature; ours "
+            f"written by {when or 'a version before 2025-04-05, which'} divides the std by the temperature; ours "
             f"multiplies (1.1 there is 1/1.1 here)"
         )
     elif not any(name in args for name in _AFTER_DIVIDING):

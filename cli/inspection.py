@@ -43,9 +43,9 @@ def inspect(path: str, as_json: bool, verify: bool, **options: Any) -> None:
         ("config", info.config_source),
         *info.config.to_dict().items(),
     ]
-    if info.inner_heads is not None:
-        rows.append(("inner heads", f"{info.inner_heads} ({info.inner_heads_source})"))
     _rows([*rows, *info.metadata.items()])
+    if info.inner_heads is not None:  # not among the rows, which are cut: the whole reason is wanted
+        click.echo(f"inner heads: {info.inner_heads} ({info.inner_heads_source})")
     for note in info.notes:
         click.echo(f"note: {note}")
     for warning in info.warnings:
