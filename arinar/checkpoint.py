@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import published
+from . import published, states, versions
 from .checkpoint_files import (
     CheckpointError,
     Contents,
@@ -29,6 +29,7 @@ from .checkpoint_files import (
     write_checkpoint,
 )
 from .config import ArinarConfig, VaeConfig
+from .latent_stats import read_latent_stats
 from .model import Arinar, CausalArinar
 from .vae import AutoencoderKL
 
@@ -107,7 +108,13 @@ def save_vae(path: PathLike, vae: AutoencoderKL, *, metadata: dict[str, str] | N
 
 
 def load_arinar(
-    path: PathLike, *, ema: bool = True, inner_heads: int | None = None, config: ArinarConfig | None = None
+    path: PathLike,
+    *,
+    ema: bool = True,
+    inner_heads: int | None = None,
+    outer_heads: int | None = None,
+    latent_stats: PathLike | None = None,
+    config: ArinarConfig | None = None,
 ) -> Arinar:
     """Load a model (our safetensors, a published training container, a bare state dict): eval mode, float32.
 
@@ -118,12 +125,16 @@ def load_arinar(
         Files that hold one set of weights are not affected.
     inner_heads : heads of the inner attention. Decides, whatever the file says: 4 for the first public
         version, 16 for later ones; weights of both look the same.
+    outer_heads : heads of encoder and decoder, likewise; needed for widths that were not published.
+    latent_stats : a file with mean and std of the latents (``latents_stats.pt``, ``.npz``): they become the config's
+        ``latent_shift`` and ``latent_scale``, whatever else says.
     config : decides everything that the file does not hold; needed where the weights' shapes do not show it.
 
     Raises ValueError (:class:`CheckpointError`) for anything that is not such a checkpoint or is damaged;
     warns (UserWarning) where the config had to be guessed.
     """
-    state, info = _read_arinar(_resolve(path, vae=False), ema, inner_heads, config)
+    given = _Given(config, inner_heads, outer_heads, latent_stats)
+    state, info = _read_arinar(_resolve(path, vae=False), ema, given)
     for message in info.warnings:
         warnings.warn(message, UserWarning, stacklevel=2)
     assert isinstance(info.config, ArinarConfig)
@@ -154,6 +165,8 @@ def inspect_checkpoint(
     *,
     ema: bool | None = None,
     inner_heads: int | None = None,
+    outer_heads: int | None = None,
+    latent_stats: PathLike | None = None,
     config: ArinarConfig | VaeConfig | None = None,
 ) -> CheckpointInfo:
     """Read a model or an autoencoder completely, checks included, and tell what it is, without warning.
@@ -169,8 +182,7 @@ def inspect_checkpoint(
     else:
         if isinstance(config, VaeConfig):
             raise CheckpointError(f"{file} is a model: its config is an ArinarConfig, not a VaeConfig")
-        ema = "model_ema" in contents.states if ema is None else ema
-        info = _read_arinar(file, ema, inner_heads, config, contents)[1]
+        info = _read_arinar(file, ema, _Given(config, inner_heads, outer_heads, latent_stats), contents)[1]
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 22):
@@ -194,6 +206,16 @@ def _resolve(path: PathLike, vae: bool) -> Path:
 
 
 @dataclass
+class _Given:
+    """What the caller of ``load_arinar`` decides, whatever the file says."""
+
+    config: ArinarConfig | None
+    inner_heads: int | None
+    outer_heads: int | None
+    latent_stats: PathLike | None
+
+
+@dataclass
 class _Settled:
     """The config that a file's weights get, and how it came about; fields as in CheckpointInfo."""
 
@@ -201,57 +223,81 @@ class _Settled:
     source: str
     heads_source: str = ""
     warned: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _looks_like_vae(contents: Contents) -> bool:
-    names = {bare_name(name) for state in contents.states.values() for name in state}
-    return contents.kind == "vae" or "post_quant_conv.weight" in names or "decoder.conv_in.weight" in names
+    found = contents.states.values()
+    if contents.kind is not None or any(states.has_landmark(state, states.MODEL_LANDMARK) for state in found):
+        return contents.kind == "vae"
+    names = {bare_name(name) for state in found for name in state}
+    return "decoder.conv_in.weight" in names or any(states.has_landmark(state, states.VAE_LANDMARK) for state in found)
 
 
 def _read_arinar(
-    path: Path,
-    ema: bool,
-    inner_heads: int | None,
-    config: ArinarConfig | None,
-    contents: Contents | None = None,
+    path: Path, ema: bool | None, given: _Given, contents: Contents | None = None
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
+    """Weights and what is known of them; ``ema=None``: the averaged ones where there are any."""
     contents = contents or open_checkpoint(path)
     if _looks_like_vae(contents):
         raise CheckpointError(f"{path} is an autoencoder, not a model: load it with load_vae (--vae on the command line)")
-    weights, state = _choose_weights(path, contents.states, ema)
+    contents = states.unwrapped(path, contents, states.MODEL_LANDMARK)
+    weights, state = _choose_weights(path, contents.states, "model_ema" in contents.states if ema is None else ema)
     state = dense_weights(path, state)
     published.refuse_other_heads(path, state, contents.args or {})
 
-    settled = _settle_arinar(path, state, contents, inner_heads, config)
-    notes = list(contents.notes)
-    if contents.args is not None:
-        notes += published.notes_from_args(contents.args)
-        if config is None:
-            settled.warned += published.warnings_of_statistics(path, contents.args, settled.config)
-    return _finish(path, Arinar, settled, weights, state, contents, notes)
+    settled = _settle_arinar(path, state, contents, given)
+    if weights == "model_ema":
+        settled.warned += states.warnings_of_average(path, contents.states)
+    return _finish(path, Arinar, settled, weights, state, contents, contents.notes + settled.notes)
 
 
-def _settle_arinar(
-    path: Path, state: dict[str, Tensor], contents: Contents, inner_heads: int | None, config: ArinarConfig | None
-) -> _Settled:
-    """The caller's config, or the stored one, or one inferred; ``inner_heads`` has the last word."""
-    if config is not None:
-        settled = _Settled(config, "given by the caller", "the config given by the caller")
-        if inner_heads is None:
-            settled.warned += published.warnings_of_given_config(path, contents.args, config)
+def _settle_arinar(path: Path, state: dict[str, Tensor], contents: Contents, given: _Given) -> _Settled:
+    """The caller's config, or the stored one, or one inferred; single values of the caller's have the last word."""
+    args = contents.args
+    if given.config is not None:
+        settled = _Settled(given.config, "given by the caller", "the config given by the caller")
+        if given.inner_heads is None:
+            settled.warned += published.warnings_of_given_config(path, args, given.config)
     elif contents.config is not None:
         settled = _Settled(_parse(path, ArinarConfig, contents.config), "stored in the file", "stored in the file")
     else:
-        source = f"inferred from the {'saved args and the ' if contents.args else ''}weights' shapes"
-        config, heads_source, guesses = published.infer_arinar(path, state, contents.args, inner_heads)
+        source = f"inferred from the {'saved args and the ' if args else ''}weights' shapes"
+        config, heads_source, guesses = published.infer_arinar(path, state, args, given.inner_heads, given.outer_heads)
         settled = _Settled(config, source, heads_source, guesses)
-    if inner_heads is not None:
-        try:
-            settled.config = settled.config.replace(inner_heads=inner_heads)
-        except (ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"inner_heads is {inner_heads}: {error}") from None
-        settled.heads_source = "given by the caller"
+        if args is not None:
+            settled.notes += versions.defaults(args, config.seq_len)[1]
+            if given.latent_stats is None:
+                settled.warned += published.warnings_of_statistics(path, args, config)
+    if args is not None:
+        settled.notes += versions.notes_from_args(args)
+    _overrule(settled, given)
     return settled
+
+
+def _overrule(settled: _Settled, given: _Given) -> None:
+    """Put the caller's head counts and latent statistics into a settled config."""
+    changes: dict[str, Any] = {}
+    if given.inner_heads is not None:
+        changes["inner_heads"] = given.inner_heads
+        settled.heads_source = "given by the caller"
+    if given.outer_heads is not None:
+        changes["decoder_heads"] = given.outer_heads
+        if settled.config.encoder_depth:  # a causal model's encoder is empty
+            changes["encoder_heads"] = given.outer_heads
+    try:
+        settled.config = settled.config.replace(**changes)
+    except (ValueError, ZeroDivisionError) as error:
+        what = " and ".join(
+            f"{name} is {value}"
+            for name, value in (("inner_heads", given.inner_heads), ("outer_heads", given.outer_heads))
+            if value is not None
+        )
+        raise CheckpointError(f"{what}: {error}") from None
+    if given.latent_stats is not None:
+        statistics = read_latent_stats(Path(given.latent_stats), settled.config.vae_embed_dim)
+        settled.config = settled.config.replace(**statistics)
+        settled.notes.append(f"latent_shift and latent_scale are those of {given.latent_stats}")
 
 
 def _read_vae(
@@ -263,11 +309,11 @@ def _read_vae(
         if contents.kind == "arinar" or any(name.startswith(("arhead.", "class_emb.", "z_proj.")) for name in names):
             raise CheckpointError(f"{path} is a model, not an autoencoder: load it with load_arinar")
         raise CheckpointError(f"{path} is not a KL autoencoder: it has no post_quant_conv.weight ({some(names)})")
+    contents = states.unwrapped(path, contents, states.VAE_LANDMARK)
     weights = next(key for key in ("", "model", "state_dict", "model_ema") if key in contents.states)
     state, notes = contents.states[weights], list(contents.notes)
-    kept = {name: value for name, value in state.items() if not bare_name(name).startswith(("loss", "model_ema."))}
-    if len(kept) < len(state):
-        notes.append(f"{len(state) - len(kept)} entries of the training loss and its averages were left out")
+    kept, left = published.without_training_of_vae(state)
+    notes += left
     kept = dense_weights(path, kept)
     if config is not None:
         settled = _Settled(config, "given by the caller")
@@ -321,17 +367,19 @@ def _finish(
     return converted, info
 
 
-def _choose_weights(path: Path, states: dict[str, dict[str, Tensor]], ema: bool) -> tuple[str, dict[str, Tensor]]:
-    if "" in states:
-        return "the only weights", states[""]
+def _choose_weights(path: Path, there: dict[str, dict[str, Tensor]], ema: bool) -> tuple[str, dict[str, Tensor]]:
+    if "" in there:
+        return "the only weights", there[""]
+    if list(there) == ["state_dict"]:  # a Lightning module's: there is nothing to choose
+        return "state_dict", there["state_dict"]
     wanted = ("model_ema",) if ema else ("model", "state_dict")
     for key in wanted:
-        if key in states:
-            return key, states[key]
-    there = ", ".join(states)
+        if key in there:
+            return key, there[key]
+    held = ", ".join(there)
     raise CheckpointError(
-        f"{path} has no {' or '.join(wanted)} weights (it has {there}): pass ema={not ema} "
-        f"({'--no-ema' if ema else 'without --no-ema'} on the command line) to use {there}"
+        f"{path} has no {' or '.join(wanted)} weights (it has {held}): pass ema={not ema} "
+        f"({'--no-ema' if ema else 'without --no-ema'} on the command line) to use {held}"
     )
 
 

@@ -9,9 +9,11 @@ import json
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 from .files import parse_json
+from .schedule import check_cfg_schedule
 
 #: Tokens of an image: attention takes memory by their square. Blocks of a stack. Longest text of a class name.
 MAX_TOKENS, MAX_DEPTH, MAX_CLASS_NAME = 1 << 16, 1024, 1000
@@ -114,6 +116,8 @@ class ArinarConfig:
     # What `generate` uses when the caller does not say; carried into the bundle.
     default_num_iter: int = 64
     default_guidance_scale: float = 4.5
+    default_cfg_schedule: str = "linear"
+    default_temperature: float = 1.0
     class_names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -123,6 +127,7 @@ class ArinarConfig:
                 raise ValueError(f"{name} is {_shown(getattr(self, name))}; choose one of {', '.join(kinds)}")
         _settle_numbers(self, _INTEGERS, _NUMBERS)
         self._settle_lists()
+        check_cfg_schedule(self.default_cfg_schedule)
         if self.img_size % (self.vae_stride * self.patch_size):
             raise ValueError(
                 f"img_size {self.img_size} is not a multiple of vae_stride x patch_size ({self.vae_stride} x {self.patch_size})"
@@ -245,6 +250,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "inner_mlp_ratio": (1e-3, 64),
     "norm_eps": (0, 1),
     "default_guidance_scale": (0, 1e6),
+    "default_temperature": (1e-6, 1e6),
 }
 _VAE_INTEGERS: dict[str, tuple[int, int]] = {
     "embed_dim": (1, 1 << 12),
@@ -317,9 +323,12 @@ def _known(cls: type, data: dict[str, Any], what: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} is {_shown(data)}; expected an object of named entries")
     names = {f.name for f in fields(cls)}
-    unknown = sorted(_shown(name).strip("'") for name in set(data) - names)[:6]
+    unknown = sorted(_shown(name).strip("'") for name in set(data) - names)
     if unknown:
-        raise ValueError(f"{what} has unknown entries {', '.join(unknown)}; it was written by a newer version?")
+        near = {name: get_close_matches(str(name), names, n=1) for name in unknown[:6]}
+        listed = ", ".join(f"{name} (nearest: {found[0]})" if found else str(name) for name, found in near.items())
+        more = f" and {len(unknown) - len(near)} more" if len(unknown) > len(near) else ""
+        raise ValueError(f"{what} has unknown entries {listed}{more}; mistyped, or written by a newer version?")
     return dict(data)
 
 

@@ -14,15 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_files import CheckpointError, some
+from . import versions
+from .checkpoint_files import CheckpointError, bare_name, some
 from .config import ArinarConfig, VaeConfig
+from .versions import FIRST_VERSION_INNER_HEADS, LATER_INNER_HEADS, heads_from_args, shown
 
-#: Heads of the inner attention in the first public version of the published code, and in the later ones.
-FIRST_VERSION_INNER_HEADS = 4
-LATER_INNER_HEADS = 16
 # Attention heads of the published outer widths (base, large, huge): they leave no trace in the weights.
 PUBLISHED_OUTER_HEADS = {768: 12, 1024: 16, 1280: 16}
-# (outer width, depth) that only one of the versions had.
+# (outer width, depth) of large and huge in the first public version; and since 2025-03-10, in versions of either kind.
 _FIRST_VERSION_SIZES = {(1024, 16), (1280, 20)}
 _LATER_SIZES = {(1024, 18), (1280, 22)}
 
@@ -46,58 +45,54 @@ _HEAD_KEYS = {
 
 def refuse_other_heads(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any]) -> None:
     """Raise CheckpointError for what the published code can train and we cannot run."""
-    backbone = str(args.get("model", "mar"))
-    if backbone.startswith("var"):
-        raise CheckpointError(f"{path} has the backbone {backbone}; only the masked MAR backbone is supported")
+    backbone = args.get("model", "mar")
+    if isinstance(backbone, str) and backbone.startswith("var"):
+        raise CheckpointError(f"{path} has the backbone {_bare(backbone)}; only the masked MAR backbone is supported")
     head_type = args.get("head_type", "ar_gmm")
     if head_type != "ar_gmm":
-        name = _HEAD_TYPES.get(str(head_type), "unknown")
-        raise CheckpointError(f"{path} has the head {head_type} ({name}); {_ONLY_GMM}")
+        name = _HEAD_TYPES.get(head_type, "unknown") if isinstance(head_type, str) else "unknown"
+        raise CheckpointError(f"{path} has the head {_bare(head_type)} ({name}); {_ONLY_GMM}")
     for prefix, name in _HEAD_KEYS.items():
         if any(key.startswith(prefix) for key in state):
             raise CheckpointError(f"{path} has a {name} head (entries {prefix}*); {_ONLY_GMM}")
     if args.get("use_nf") or any(key.startswith("arhead.nf.") for key in state):
         raise CheckpointError(f"{path} has a normalising flow before its mixture head (use_nf); {_ONLY_GMM}")
+    if args.get("pos_emb_for_head") or any(key.startswith("arhead.head_nm.loc_emb.") for key in state):
+        raise CheckpointError(
+            f"{path} has position embeddings before its head's last layer (pos_emb_for_head), which are not supported; "
+            f"{_ONLY_GMM}"
+        )
     group = args.get("feature_group", 1)
     projection = state.get("arhead.input_proj.weight")
     if projection is not None and projection.ndim == 2:
         group = projection.shape[1]
     if group != 1:
-        raise CheckpointError(f"{path} generates {group} features at a time (feature_group {group}); {_ONLY_GMM}")
+        raise CheckpointError(f"{path} generates {shown(group)} features at a time (feature_group {shown(group)}); {_ONLY_GMM}")
 
 
-def heads_from_args(args: Mapping[str, Any] | None) -> tuple[int, str] | None:
-    """Inner heads as the saved args settle them, with the reason; None without args."""
-    if args is None:
-        return None
-    if "inner_ar_width" in args:
-        return LATER_INNER_HEADS, "its saved args have inner_ar_width, so a later public version wrote it"
-    return (
-        FIRST_VERSION_INNER_HEADS,
-        "its saved args lack inner_ar_width, so the first public version wrote it",
-    )
-
-
-def guess_heads(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[int, str]:
-    """Inner heads from (width, depth) alone, with the reason."""
-    if outer in _FIRST_VERSION_SIZES:
-        return (
-            FIRST_VERSION_INNER_HEADS,
-            f"only the first public version has an outer depth of {outer[1]} at width {outer[0]}",
-        )
-    if outer in _LATER_SIZES:
-        return (
-            LATER_INNER_HEADS,
-            f"only later public versions have an outer depth of {outer[1]} at width {outer[0]}",
-        )
+def guess_heads(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[int | None, str]:
+    """Inner heads from (width, depth) alone, with the reason; no number where nothing speaks for either."""
     if inner != (768, 1):
         return LATER_INNER_HEADS, (
-            f"the first public version has inner width 768 and depth 1, this has {inner[0]} and {inner[1]}"
+            f"versions until 2025-03-19 have inner width 768 and depth 1, this has {inner[0]} and {inner[1]}; of those since, "
+            f"all but the first have {LATER_INNER_HEADS}"
         )
-    return (
-        FIRST_VERSION_INNER_HEADS,
-        "the weights fit the published base checkpoint, which the first public version wrote",
-    )
+    if outer in _FIRST_VERSION_SIZES:
+        return FIRST_VERSION_INNER_HEADS, (
+            f"it has {outer[1]} blocks a side at width {outer[0]}, as the first public version; later ones have them only "
+            f"where enc_dec_depth asks"
+        )
+    if outer in _LATER_SIZES:
+        return None, (
+            f"versions with {outer[1]} blocks a side at width {outer[0]} and inner width 768 have {FIRST_VERSION_INNER_HEADS} "
+            f"(2025-03-10 to 03-19) or {LATER_INNER_HEADS} (later)"
+        )
+    return FIRST_VERSION_INNER_HEADS, "the weights fit the published base checkpoint, which the first public version wrote"
+
+
+def _bare(value: object) -> str:
+    """A saved name without quotes."""
+    return shown(value).strip("'\"")
 
 
 @dataclass(frozen=True)
@@ -114,28 +109,56 @@ class _Shapes:
 
 
 def infer_arinar(
-    path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any] | None, inner_heads: int | None
+    path: Path,
+    state: Mapping[str, Tensor],
+    args: Mapping[str, Any] | None,
+    inner_heads: int | None,
+    outer_heads: int | None = None,
 ) -> tuple[ArinarConfig, str, list[str]]:
-    """Config, how the inner heads were settled, and warnings for what was guessed."""
+    """Config, how the inner heads were settled, and warnings for what was guessed.
+
+    ``inner_heads`` and ``outer_heads`` (of encoder and decoder) are the caller's, and decide. Raises CheckpointError
+    where neither they, nor the args, nor the shapes do.
+    """
     if "target_pos_embed_learned" in state:
         raise CheckpointError(
             f"{path} is a causal model without its config, and its shapes do not show the generation order: "
-            f"pass config=ArinarConfig(outer='causal', ...)"
+            f"pass config=ArinarConfig(outer='causal', ...), --config FILE on the command line"
         )
     saved = args or {}
     shapes = _read_shapes(path, state)
     patch = _integer(path, saved, "patch_size", 1)
-    heads = _outer_heads(path, saved, shapes.widths)
-    warned: list[str] = []
-    settled = (inner_heads, "given by the caller") if inner_heads is not None else heads_from_args(args)
-    if settled is None:
-        outer, inner = ((shapes.widths[stack], shapes.depths[stack]) for stack in ("encoder", "inner"))
-        settled = guess_heads(outer, inner)
-        warned.append(_warning_of_guess(path, *settled))
+    heads = _outer_heads(path, saved, shapes.widths, outer_heads)
+    settled, warned = _inner_heads(path, args, shapes, inner_heads)
     stride = _integer(path, saved, "vae_stride", 16)
     config = _assemble(path, state, shapes, patch, stride, {**heads, "inner": settled[0]})
     _refuse_disagreement(path, saved, config)
-    return config, settled[1], warned
+    try:
+        scale = versions.latent_scale(saved)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return config.replace(latent_scale=scale, **versions.defaults(saved, shapes.length)[0]), settled[1], warned
+
+
+def _inner_heads(
+    path: Path, args: Mapping[str, Any] | None, shapes: _Shapes, given: int | None
+) -> tuple[tuple[int, str], list[str]]:
+    """Inner heads with the reason, and the warning where they are a guess."""
+    if given is not None:
+        return (given, "given by the caller"), []
+    settled = heads_from_args(args)
+    guessed = settled is None
+    if settled is None:
+        outer, inner = ((shapes.widths[stack], shapes.depths[stack]) for stack in ("encoder", "inner"))
+        settled = guess_heads(outer, inner)
+    heads, reason = settled
+    if heads is None:
+        raise CheckpointError(
+            f"{path}: its number of inner heads cannot be told: {reason}, and head counts leave no trace in weights: pass "
+            f"inner_heads={FIRST_VERSION_INNER_HEADS} or inner_heads={LATER_INNER_HEADS} (--inner-heads on the command "
+            f"line); the wrong one spoils the images without any error"
+        )
+    return (heads, reason), [_warning_of_guess(path, heads, reason)] if guessed else []
 
 
 def _shape(path: Path, state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
@@ -163,8 +186,10 @@ def _read_shapes(path: Path, state: Mapping[str, Tensor]) -> _Shapes:
     )
 
 
-def _outer_heads(path: Path, args: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, int]:
-    """Heads of encoder and decoder, as the args or the published widths settle them."""
+def _outer_heads(path: Path, args: Mapping[str, Any], widths: Mapping[str, int], given: int | None) -> dict[str, int]:
+    """Heads of encoder and decoder, as the caller, the args or the published widths settle them."""
+    if given is not None:
+        return {"encoder": given, "decoder": given}
     heads = {}
     for stack in ("encoder", "decoder"):
         known = args.get(f"{stack}_num_heads", PUBLISHED_OUTER_HEADS.get(widths[stack]))
@@ -173,7 +198,8 @@ def _outer_heads(path: Path, args: Mapping[str, Any], widths: Mapping[str, int])
             raise CheckpointError(
                 f"{path} has {stack} width {widths[stack]}, whose number of attention heads the weights do not show "
                 f"(known for the published widths {published}): pass "
-                f"config=ArinarConfig(encoder_heads=..., decoder_heads=..., ...)"
+                f"config=ArinarConfig(encoder_heads=..., decoder_heads=..., ...) or outer_heads=N (--config FILE or "
+                f"--outer-heads N on the command line)"
             )
         heads[stack] = known
     return heads
@@ -215,7 +241,9 @@ def _assemble(
             default_num_iter=min(64, shapes.length),
         )
     except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: its weights' shapes give no usable config ({error}): pass config=...") from None
+        raise CheckpointError(
+            f"{path}: its weights' shapes give no usable config ({error}): pass config=... (--config FILE on the command line)"
+        ) from None
 
 
 def _refuse_disagreement(path: Path, args: Mapping[str, Any], config: ArinarConfig) -> None:
@@ -229,16 +257,21 @@ def _refuse_disagreement(path: Path, args: Mapping[str, Any], config: ArinarConf
         "inner_ar_depth": config.inner_depth,
     }
     wrong = [
-        f"{name} is {args[name]} in args, {got} in the weights" for name, got in entries.items() if args.get(name, got) != got
+        f"{name} is {shown(args[name])} in args, {got} in the weights"
+        for name, got in entries.items()
+        if args.get(name, got) != got
     ]
     if wrong:
-        raise CheckpointError(f"{path}: saved args and weights disagree ({'; '.join(wrong)}): pass config=... to decide")
+        raise CheckpointError(
+            f"{path}: saved args and weights disagree ({'; '.join(wrong)}): pass config=... (--config FILE on the "
+            f"command line) to decide"
+        )
 
 
 def _integer(path: Path, args: Mapping[str, Any], name: str, default: int) -> int:
     value = args.get(name, default)
     if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{path}: {name} is {value!r} in its saved args; expected a positive integer")
+        raise CheckpointError(f"{path}: {name} is {shown(value)} in its saved args; expected a positive integer")
     return value
 
 
@@ -250,40 +283,42 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
 def warnings_of_given_config(path: Path, args: Mapping[str, Any] | None, config: ArinarConfig) -> list[str]:
     """Where the args settle other inner heads than the caller's config has."""
     by_args = heads_from_args(args)
-    if by_args is None or by_args[0] == config.inner_heads:
+    if by_args is None or by_args[0] in (None, config.inner_heads):
         return []
     return [
-        f"{path}: the given config has inner_heads={config.inner_heads}, but {by_args[1]}, which has "
-        f"{by_args[0]}. The weights fit both and compute different things: pass "
-        f"inner_heads={by_args[0]} unless you know better "
+        f"{path}: the given config has inner_heads={config.inner_heads}, but {by_args[1]}. The weights fit "
+        f"both and compute different things: pass inner_heads={by_args[0]} unless you know better "
         f"(inner_heads={config.inner_heads} confirms the config)"
     ]
 
 
 def warnings_of_statistics(path: Path, args: Mapping[str, Any], config: ArinarConfig) -> list[str]:
-    """Later versions scale latents by 0.2325 only for a cache of that name, else by a file's mean and std."""
-    if "inner_ar_width" not in args or "cached_path" not in args or "mar_cache" in str(args["cached_path"]):
+    """Where the latents were normalised by a statistics file that the checkpoint does not hold."""
+    if not versions.lacks_statistics(args):
         return []
     return [
         f"{path}: trained on latents normalised with their own statistics (latents_stats.pt), which "
         f"the checkpoint does not hold; latent_scale {config.latent_scale} and latent_shift "
-        f"{config.latent_shift} are guesses: pass "
+        f"{config.latent_shift} are guesses: pass latent_stats=FILE (--latent-stats FILE on the command line), or pass "
         f"config=inspect_checkpoint(path).config.replace(latent_scale=1 / std, latent_shift=mean)"
     ]
 
 
-def notes_from_args(args: Mapping[str, Any]) -> list[str]:
-    """What a user who knows the published code should hear about this file."""
-    notes = []
-    if "inner_ar_width" not in args:
-        notes.append(
-            "written by the first public version: its quoted temperatures divide the std, ours multiply "
-            "(1.1 there is 1/1.1 here)"
-        )
-    schedule = args.get("bilevel_schedule", "constant")
-    if schedule != "constant":
-        notes.append(f"its args ask for bilevel_schedule {schedule} in sampling; only constant is implemented")
-    return notes
+def without_training_of_vae(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """An autoencoder's entries without what was beside it in training only, and notes on what was left out."""
+    parts = {
+        ("loss", "model_ema."): "the training loss and its averages",
+        # VA-VAE's training pulls the latents towards a foundation model's features; decoding needs neither.
+        ("foundation_model.", "linear_proj.weight"): "the foundation model that aligned the latents (VA-VAE)",
+    }
+    kept, notes = dict(state), []
+    for prefixes, what in parts.items():
+        left = [name for name in kept if bare_name(name).startswith(prefixes)]
+        for name in left:
+            del kept[name]
+        if left:
+            notes.append(f"{len(left)} entries of {what} were left out")
+    return kept, notes
 
 
 def infer_vae(path: Path, state: Mapping[str, Tensor]) -> VaeConfig:

@@ -198,7 +198,7 @@ def calibrate(
 
             trained, autoencoder = load_models(model, vae, **CHECKPOINT.of(options))
             config = trained.config
-            check(config, Defaults(config.default_num_iter, config.default_guidance_scale), out, **arguments)
+            check(config, Defaults.of(config), out, **arguments)
             bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arinar-"))) / "bundle"
             export_bundle(trained, autoencoder, bundle, progress=say)
         result = run(bundle, out, threads=threads, progress=say, **arguments)

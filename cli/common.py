@@ -77,9 +77,11 @@ SAMPLING = Options(
         "--guidance-scale", type=float, help="Classifier-free guidance, at least 1 (1 = none). [default: the bundle's]"
     ),
     click.option(
-        "--cfg-schedule", type=click.Choice(["linear", "constant"]), help="How guidance grows over the steps. [default: linear]"
+        "--cfg-schedule",
+        type=click.Choice(["linear", "constant"]),
+        help="How guidance grows over the steps. [default: the bundle's]",
     ),
-    click.option("--temperature", type=float, help="Multiplies the std of the mixture components. [default: 1.0]"),
+    click.option("--temperature", type=float, help="Multiplies the std of the mixture components. [default: the bundle's]"),
     click.option("--num-iter", type=int, help="Outer steps, 1 to the number of tokens. [default: the bundle's]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
 )
@@ -105,13 +107,60 @@ RUNTIME = Options(
 CHECKPOINT = Options(
     click.option("--no-ema", is_flag=True, help="Take the raw weights of a training checkpoint, not the averaged ones."),
     click.option("--inner-heads", type=int, help="Heads of the inner attention, where the checkpoint does not say (4 or 16)."),
+    click.option("--outer-heads", type=int, help="Heads of encoder and decoder, where their width is not a published one."),
+    click.option(
+        "--latent-stats",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help="Mean and std of the latents that the model was trained on (latents_stats.pt, .npz).",
+    ),
+    click.option(
+        "--config", help="JSON file with the model's config, or a preset's name. [default: what the checkpoint says or shows]"
+    ),
 )
 
 
-def load_models(
-    checkpoint: str, vae: str | None = None, no_ema: bool = False, inner_heads: int | None = None
-) -> tuple[Arinar, AutoencoderKL]:
-    """The model and its autoencoder; ``vae`` may be left out for a demo model. Options as CHECKPOINT gives them."""
+def _as_arguments(
+    no_ema: bool = False,
+    inner_heads: int | None = None,
+    outer_heads: int | None = None,
+    latent_stats: str | None = None,
+    config: str | None = None,
+) -> dict[str, Any]:
+    """The options of CHECKPOINT as arguments of load_arinar and inspect_checkpoint, but ``ema``."""
+    given = {"inner_heads": inner_heads, "outer_heads": outer_heads, "latent_stats": latent_stats}
+    if config is not None:
+        from arinar.config import PRESETS, ArinarConfig
+
+        given["config"] = read_config(config, ArinarConfig, PRESETS)
+    return without_none(given) | ({"ema": False} if no_ema else {})
+
+
+def read_config(text: str, kind: Any, presets: Mapping[str, Any]) -> Any:
+    """The config that ``text`` names: a preset, or a JSON file with the entries of ``kind`` that differ from its defaults.
+
+    Raises ValueError naming the file, and the presets where there is no such file.
+    """
+    from arinar.files import read_json
+
+    if text in presets:
+        return presets[text]
+    try:
+        data = read_json(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}, expected an object")
+        return kind.from_dict(data)
+    except FileNotFoundError:
+        raise ValueError(f"config is {text!r}, no file; nor a preset: choose one of {', '.join(presets)}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        wanted = "write one with `arinar init --print-config PRESET`"
+        raise ValueError(f"{text} is not a config file: {error} ({wanted})") from None
+
+
+def load_models(checkpoint: str, vae: str | None = None, **options: Any) -> tuple[Arinar, AutoencoderKL]:
+    """The model and its autoencoder; ``vae`` may be left out for a demo model. ``options``: CHECKPOINT's."""
+    import warnings
+
     from arinar.checkpoint import load_arinar, load_vae
     from arinar.demo import DEMO_MODELS
 
@@ -119,16 +168,24 @@ def load_models(
         if checkpoint not in DEMO_MODELS:
             raise click.UsageError("--vae is missing: name the file of the autoencoder (the published one is kl16.ckpt)")
         vae = checkpoint
-    model = load_arinar(checkpoint, ema=not no_ema, inner_heads=inner_heads)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_arinar(checkpoint, **_as_arguments(**options))
+    for warning in caught:
+        say(f"WARNING: {warning.message}")
     return model, load_vae(vae)
 
 
-def inspected(checkpoint: str, vae: str | None, no_ema: bool, inner_heads: int | None) -> dict[str, Any]:
-    """Provenance of a checkpoint, read for the purpose. Options as CHECKPOINT gives them."""
+def checkpoint_info(checkpoint: str, **options: Any) -> CheckpointInfo:
+    """What a checkpoint is. ``options``: CHECKPOINT's."""
     from arinar.checkpoint import inspect_checkpoint
 
-    info = inspect_checkpoint(checkpoint, ema=False if no_ema else None, inner_heads=inner_heads)
-    return provenance(checkpoint, vae, info)
+    return inspect_checkpoint(checkpoint, **_as_arguments(**options))
+
+
+def inspected(checkpoint: str, vae: str | None, **options: Any) -> dict[str, Any]:
+    """Provenance of a checkpoint, read for the purpose. ``options``: CHECKPOINT's."""
+    return provenance(checkpoint, vae, checkpoint_info(checkpoint, **options))
 
 
 def open_pipeline(

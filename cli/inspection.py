@@ -10,7 +10,7 @@ import click
 
 from arinar.text import aligned, printable
 
-from .common import CHECKPOINT, print_json
+from .common import CHECKPOINT, checkpoint_info, print_json
 from .group import main
 
 
@@ -19,7 +19,7 @@ from .group import main
 @click.option("--json", "as_json", is_flag=True, help="Print everything, as JSON.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check sizes and hashes of a bundle's files.")
 @CHECKPOINT
-def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: int | None) -> None:
+def inspect(path: str, as_json: bool, verify: bool, **options: Any) -> None:
     """Tell what a bundle or a checkpoint is: configuration, where it came from, whether it is whole.
 
     \b
@@ -30,9 +30,7 @@ def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: i
     if Path(path).is_dir():
         _inspect_bundle(Path(path), as_json, verify)
         return
-    from arinar.checkpoint import inspect_checkpoint
-
-    info = inspect_checkpoint(path, ema=False if no_ema else None, inner_heads=inner_heads)
+    info = checkpoint_info(path, **options)
     if as_json:
         print_json(info.to_dict())
         return
@@ -45,9 +43,9 @@ def inspect(path: str, as_json: bool, verify: bool, no_ema: bool, inner_heads: i
         ("config", info.config_source),
         *info.config.to_dict().items(),
     ]
-    if info.inner_heads is not None:
-        rows.append(("inner heads", f"{info.inner_heads} ({info.inner_heads_source})"))
     _rows([*rows, *info.metadata.items()])
+    if info.inner_heads is not None:  # not among the rows, which are cut: the whole reason is wanted
+        click.echo(f"inner heads: {info.inner_heads} ({info.inner_heads_source})")
     for note in info.notes:
         click.echo(printable(f"note: {note}"))
     for warning in info.warnings:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .common import say, without_none
+from .common import read_config, say, without_none
 from .group import main
 
 
@@ -37,16 +37,12 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
               arinar train model --config my-config.json --data photos/ --vae kl16.ckpt -o mine.safetensors
     """
     from arinar import train as training
-    from arinar.config import ArinarConfig, VaeConfig
-    from arinar.files import read_json
+    from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 
-    chosen: Any = config
-    if config.endswith(".json"):
-        kind: Any = VaeConfig if what == "vae" else ArinarConfig
-        try:
-            chosen = kind.from_dict(read_json(config))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config} is not a {what} config: {error}") from error
+    kind: Any = VaeConfig if what == "vae" else ArinarConfig
+    presets: Any = VAE_PRESETS if what == "vae" else PRESETS
+    # A preset goes on by its name, which the trained checkpoint keeps.
+    chosen = config if config in presets else read_config(config, kind, presets)
     arguments = without_none(given) | {"config": chosen, "data": data, "seed": seed, "device": device}
     if what == "model":
         arguments["vae"] = vae
@@ -61,16 +57,27 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
 
 
 @main.command()
-@click.option("--preset", required=True, help="Name of a preset (see `arinar init --list`).", default="")
+@click.option("--preset", help="Name of a preset (see `arinar init --list`).")
 @click.option("--list", "list_presets", is_flag=True, help="Show the presets.")
+@click.option("--print-config", metavar="PRESET", help="Print a preset's config as JSON, to edit and give to --config.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint to write (.safetensors).")
 @click.option("--vae-out", type=click.Path(path_type=Path), help="Also write an autoencoder of the preset's kind here.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None, seed: int) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+def init(
+    preset: str | None,
+    list_presets: bool,
+    print_config: str | None,
+    out: Path | None,
+    vae_out: Path | None,
+    seed: int,
+    overwrite: bool,
+) -> None:
     """Write a checkpoint with random weights: for measuring speed and memory, not for pictures.
 
     \b
     Example:  arinar init --preset base -o base.safetensors --vae-out kl16.safetensors
+              arinar init --print-config base > my-config.json
     """
     from arinar.config import PRESETS
 
@@ -78,10 +85,29 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
         for name, config in PRESETS.items():
             click.echo(f"{name:14} {config.outer:7} {config.img_size}px, {config.seq_len} tokens, width {config.z_width}")
         return
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
+    chosen = preset if print_config is None else print_config
+    if chosen is None:
+        raise click.UsageError(f"--preset is missing: which model? Choose one of {', '.join(PRESETS)}")
+    if chosen not in PRESETS:
+        raise ValueError(f"preset is {chosen!r}; choose one of {', '.join(PRESETS)}")
+    if print_config is not None:
+        click.echo(PRESETS[chosen].to_json())
+        return
     if out is None and vae_out is None:
         raise click.UsageError("-o is missing: where should the checkpoint go?")
+    _write_random(chosen, out, vae_out, seed, overwrite)
+
+
+def _write_random(preset: str, out: Path | None, vae_out: Path | None, seed: int, overwrite: bool) -> None:
+    from arinar.files import check_writable
+
+    paths = [path for path in (out, vae_out) if path is not None]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise click.UsageError("-o and --vae-out name the same file")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already: choose another name, or replace it with --overwrite")
+        check_writable(path)
     from arinar.checkpoint import save_arinar, save_vae
     from arinar.model import random_model, random_vae
 

@@ -121,7 +121,7 @@ def export_bundle(
             config=model.config,
             graphs={precision: graphs},
             files=files,
-            defaults=Defaults(model.config.default_num_iter, model.config.default_guidance_scale),
+            defaults=Defaults.of(model.config),
             law=law,
             vae=vae.config,
             provenance={"arinar": arinar.__version__, "torch": torch.__version__, "onnx": onnx.__version__} | provenance,

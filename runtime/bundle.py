@@ -164,6 +164,13 @@ class Defaults:
         check_number("guidance_scale", self.guidance_scale, 0, 1e6)
         check_number("temperature", self.temperature, 0, 1e6)
 
+    @classmethod
+    def of(cls, config: ArinarConfig) -> Defaults:
+        """Those that a model's config carries."""
+        return cls(
+            config.default_num_iter, config.default_guidance_scale, config.default_cfg_schedule, config.default_temperature
+        )
+
 
 @dataclass(frozen=True)
 class Manifest:
