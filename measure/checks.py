@@ -22,9 +22,10 @@ LEVELS = ("graph", "teacher-forced", "free-running", "distribution")
 PARTED = 1e-3
 # Levels 2 and 3 are judged beside a control, where one was run: the reference in float32 against itself in float64, the
 # same noise. Errors may be so many times the control's where that is above their limit. Kernels that add in another
-# order err about as PyTorch's float32 does (half of all curves lie below the control's), but a largest error is a
-# matter of chance; a fault of one weight in a thousandth part is hundreds of times as large.
-CONTROL_FACTOR = 4.0
+# order err as PyTorch's float32 does, half of them less; but a largest error is a matter of chance: of twelve harsh
+# random models the worst mean divergence was 42 times the control's, an error of 6.5 times. One weight wrong by a
+# twentieth gives 200 times and more (tests/test_parity.py).
+CONTROL_FACTOR = 8.0
 KL_FACTOR = CONTROL_FACTOR**2  # a divergence goes with the square of the errors
 
 
@@ -161,10 +162,10 @@ class Check:
             return True
         return bool(self.value >= self.limit) if self.at_least else bool(self.value <= self.limit)
 
-    def beside(self, control: float, allowed: float) -> Check:
-        """The same beside the control's value, which leaves so wide a limit: the wider one counts."""
+    def beside(self, control: float, allowed: float, held: bool = False) -> Check:
+        """The same beside the control's value, which leaves so wide a limit: the wider one counts, unless ``held``."""
         shown = replace(self, control=control, note=f"{self.note}; float32 against float64 {control:.3g}".lstrip("; "))
-        if self.limit is None or not (allowed < self.limit if self.at_least else allowed > self.limit):
+        if held or self.limit is None or not (allowed < self.limit if self.at_least else allowed > self.limit):
             return shown
         return replace(shown, limit=allowed, widened=True, note=f"{shown.note}, limit widened from {self.limit:g}")
 
