@@ -53,6 +53,11 @@ from .group import FAILED, main
     "--threshold", "limits", multiple=True, metavar="NAME=VALUE", help="Override a limit, e.g. z=1e-3; may be repeated."
 )
 @click.option(
+    "--control",
+    is_flag=True,
+    help="Also compare PyTorch in float32 with PyTorch in float64, beside levels 2 and 3. [default: only where one of their limits is exceeded]",
+)
+@click.option(
     "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained HTML report here."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
@@ -68,6 +73,7 @@ def parity(
     features: str,
     fid_stats: Path | None,
     limits: tuple[str, ...],
+    control: bool,
     report_file: Path | None,
     as_json: bool,
     **options: Any,
@@ -75,7 +81,8 @@ def parity(
     """Is the deployed bundle still the trained model? Exits with 1 when a check fails.
 
     Four levels: each graph alone; along the PyTorch trajectory, step by step; both on their own from the same noise;
-    and (--distribution) the law of many images, beside what two PyTorch runs differ.
+    and (--distribution) the law of many images, beside what two PyTorch runs differ. Where level 2 or 3 exceeds a limit,
+    it is judged by how far PyTorch in float32 is from PyTorch in float64 on the same weights and noise.
 
     \b
     Example:  arinar parity bundle/ --checkpoint checkpoint-last.pth --vae kl16.ckpt --labels 207 --num-iter 16
@@ -106,6 +113,7 @@ def parity(
         features=features,
         fid_stats=fid_stats,
         reference=inspected(checkpoint, vae, **CHECKPOINT.of(options)),
+        control=control,
         progress=quiet if as_json else say,
         **without_none(SAMPLING.of(options)),
     )

@@ -126,12 +126,15 @@ def line_plot(
     top: float | None = None,
     limits: Mapping[str, float] | None = None,
     colors: Sequence[str] = COLORS,
+    beside: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     """Curves over 0, 1, 2, ... as a figure; values of 0 and below sit on the axis' floor.
 
     ``top`` fixes the end of a linear axis. ``limits``: dashed lines, by name, which a logarithmic axis reaches to show.
+    ``beside``: of some series, by name, a curve to compare with, dotted in its colour.
     """
-    values = [value for curve in series.values() for value in curve if math.isfinite(value)]
+    beside = beside or {}
+    values = [value for curve in (*series.values(), *beside.values()) for value in curve if math.isfinite(value)]
     positive = [value for value in values if value > 0]
     log = log and bool(positive)
     limits = {name: value for name, value in (limits or {}).items() if log and 0 < value < math.inf}
@@ -143,16 +146,23 @@ def line_plot(
         y = scale.y(value)
         body.append(line(LEFT, y, WIDTH - RIGHT, y, GREY, dashes="6 4"))
         body.append(label(WIDTH - RIGHT - 4, y + (13 if y < TOP + 12 else -4), f"{name}: {value:.3g}", "end", GREY))
-    for color, curve in zip(colors, series.values(), strict=False):
+    for color, (name, curve) in zip(colors, series.items(), strict=False):
         points = [(across[i], scale.y(value)) for i, value in enumerate(curve) if math.isfinite(value)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        body.append(f"<polyline points='{path}' fill='none' stroke='{color}' stroke-width='2'/>")
+        body.append(_path(points, color))
+        other = [(x, scale.y(value)) for x, value in zip(across, beside.get(name, ()), strict=False) if math.isfinite(value)]
+        body += [_path(other, color, "2 4")] if other else []
         if len(points) <= 40:
             body += [f"<circle cx='{x:.1f}' cy='{y:.1f}' r='2.6' fill='{color}'/>" for x, y in points]
         lost = [across[i] for i, value in enumerate(curve) if not math.isfinite(value)]
         body += [label(x, TOP + 9, "×", "middle", BAD) for x in lost]
-    missing = len(values) < sum(map(len, series.values()))
+    missing = not all(math.isfinite(value) for curve in series.values() for value in curve)
     return _plot(title, body, list(series) if len(series) > 1 else [], colors, "&#215; not finite" if missing else "")
+
+
+def _path(points: Sequence[tuple[float, float]], color: str, dashes: str = "") -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dashed = f" stroke-dasharray='{dashes}' stroke-linecap='round'" if dashes else ""
+    return f"<polyline points='{path}' fill='none' stroke='{color}' stroke-width='2'{dashed}/>"
 
 
 def bar_plot(series: Mapping[str, Sequence[int]], title: str, x_label: str, y_label: str) -> str:

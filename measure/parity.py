@@ -7,22 +7,25 @@
    far the images are apart;
 4. *distribution* (`arinar.measure.distribution`): many images of each.
 
-The reference is `arinar.sampler.sample` in float32.
+The reference is `arinar.sampler.sample` in float32. Where levels 2 and 3 exceed a limit, they get a control: the same
+sampler in float64, along the same tokens and from the same noise. How far float32 is from that is nobody's fault.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from arinar.config import ArinarConfig
 from arinar.export.bundle import check_match, weights_sha256
 from arinar.export.graphs import HEADS, graph_specs
 from arinar.export.spec import GraphSpec
@@ -38,7 +41,7 @@ from arinar.runtime.request import Batch, Sampling
 from arinar.sampler import StepRecord, sample
 from arinar.vae import AutoencoderKL
 
-from .checks import PARTED, THRESHOLDS, Check, ParityReport, Thresholds
+from .checks import CONTROL_FACTOR, KL_FACTOR, LEVELS, PARTED, THRESHOLDS, Check, ParityReport, Thresholds, least, most
 from .distances import MAX_PSNR, psnr
 from .distribution import Distribution, check_samples, compare, make_references
 from .features import Features, open_measure
@@ -79,6 +82,7 @@ def run_parity(
     features: str | Features = "builtin",
     fid_stats: Path | None = None,
     reference: Mapping[str, Any] | None = None,
+    control: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a loaded bundle with the PyTorch model that it should be.
@@ -86,6 +90,8 @@ def run_parity(
     ``num_iter``: of masked models. ``distribution`` > 0 adds the fourth level with so many samples of each; ``features``
     and ``fid_stats`` as for `arinar.measure.distribution.compare`. ``thresholds``: default those of ``THRESHOLDS`` for
     the bundle's precision. ``reference``: what the report is to say about the checkpoint (its file, hash, ...).
+    ``control``: compute the control even where levels 2 and 3 keep their limits; it takes several times as long as the
+    reference.
 
     Raises BundleError where checkpoint and bundle do not even have the same configuration, ValueError for a bad
     argument (before anything long begins), FloatingPointError where the checkpoint itself computes what is not finite.
@@ -112,7 +118,7 @@ def run_parity(
     report.provenance = provenance(pipeline, model, vae, reference)
     if report.provenance["exported from these weights"] == "no":
         report.notes.append("the bundle was exported from other weights than those it is compared with here")
-    finite = _by_sample(report, pipeline, model, vae, sampling, thresholds, say)
+    finite = _by_sample(report, pipeline, model, vae, sampling, thresholds, control, say)
     if measure is not None and finite:
         say(f"level 4: {distribution} images of each, by distribution")
         references = make_references(model, vae, distribution, settings, say)
@@ -134,6 +140,13 @@ def check_same(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
     check_match(model.config, vae)
 
 
+class Run(NamedTuple):
+    """What the reference generated: tokens (B, L, D), and the steps on the way."""
+
+    tokens: torch.Tensor
+    records: list[StepRecord]
+
+
 def _by_sample(
     report: ParityReport,
     pipeline: Pipeline,
@@ -141,26 +154,42 @@ def _by_sample(
     vae: AutoencoderKL,
     sampling: Sampling,
     thresholds: Thresholds,
+    control: bool,
     say: Callable[[str], None],
 ) -> bool:
     """Levels 1 to 3 -> whether the deployed pipeline made images at all."""
-    batch, records = sampling.batch(), list[StepRecord]()
+    batch = sampling.batch()
     say("level 1: each graph alone")
     _per_graph(report, pipeline, model, vae, thresholds, len(batch), len(batch) * max(step.count for step in batch.plan))
+
+    def generate(model: Arinar, forced: torch.Tensor | None = None) -> Run:
+        records = list[StepRecord]()
+        labels, law = torch.from_numpy(sampling.labels), pipeline.bundle.manifest.law
+        how: dict[str, Any] = {"noise": batch.noise, "record": records.append, "law": law, "forced": forced}
+        return Run(sample(model, labels, **sampling.settings(), **how), records)
+
     say(f"reference: PyTorch generates {len(batch)} images in {len(batch.plan)} steps")
-    tokens = sample(
-        model,
-        torch.from_numpy(sampling.labels),
-        **sampling.settings(),
-        noise=batch.noise,
-        record=records.append,
-        law=pipeline.bundle.manifest.law,
-    )
-    _check_reference(records)
+    run = generate(model)
+    _check_reference(run.records)
     say("level 2: the deployed graphs along the reference's trajectory")
-    _teacher_forced(report, pipeline, batch, tokens.numpy(), records, thresholds)
+    forced = _teacher_forced(report, pipeline, batch, run)
     say("level 3: the deployed pipeline on its own, same noise")
-    return _free_running(report, pipeline, vae, batch, tokens, records, thresholds)
+    free = _free_running(report, pipeline, vae, batch, run)
+
+    held = tuple(report.changed_limits)
+
+    def judged(beside: Curves | None = None, alone: Parting | None = None) -> list[Check]:
+        return forced.checks(thresholds, beside, held) + ([] if free is None else free.checks(thresholds, alone, held))
+
+    found = judged()
+    if control or not all(check.passed for check in found):
+        say("control: PyTorch in float64, along the same tokens and on its own")
+        wide = copy.deepcopy(model).double()
+        along, own = generate(wide, run.tokens.double()), generate(wide)
+        found = judged(*_control(report, vae, batch, run, along, own, pipeline.config))
+    # What was not finite was found on the way.
+    report.checks = sorted(report.checks + found, key=lambda check: LEVELS.index(check.level))
+    return free is not None
 
 
 def _check_reference(records: Sequence[StepRecord]) -> None:
@@ -393,58 +422,81 @@ class Curves:
         self.picks += _counts(ours, theirs, self.picks.shape[1])
         self.same, self.drawn = self.same + int((ours == theirs).sum()), self.drawn + ours.size
 
-    def checks(self, thresholds: Thresholds) -> list[Check]:
-        found = []
-        for name in (*self.names, "kl"):
-            curve, limit = self.curves[name], {"z": thresholds.z, "kl": thresholds.kl}.get(name, thresholds.mixture)
-            worst = int(np.argmax(curve))
-            over = next((i for i, value in enumerate(curve) if not value <= limit), None)
-            unit = " nats per feature" if name == "kl" else ""
-            note = f"worst at step {worst}, mean {np.mean(self.curves[f'{name} mean']):.2g}{unit}"
-            note += "" if over is None else f"; first beyond the limit at step {over}"
-            where = ""
-            if over is not None and name in self.law.parts:
-                where = f"feature {int(np.argmax(self.tables[name][over]))}"
-            found.append(Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where))
+    @property
+    def agreed(self) -> float:
+        """Share of the drawn features that both sides ascribe to the same component."""
+        return self.same / self.drawn
+
+    @property
+    def mean_kl(self) -> float:
+        return float(np.mean(self.tables["kl"]))
+
+    def checks(self, thresholds: Thresholds, control: Curves | None = None, held: Sequence[str] = ()) -> list[Check]:
+        """``control``: the same of float32 against float64. ``held``: limits that were set by hand, which it never widens."""
+        if not self.drawn:
+            return []
+        found = [self._check(name, thresholds, control, held) for name in (*self.names, "kl")]
         absolute = None if thresholds.absolute == math.inf else thresholds.absolute
         note = f"largest of {', '.join(self.names[:-1])} and {self.names[-1]}"
-        found.append(Check("teacher-forced", "absolute error", float(np.max(self.absolute)), absolute, note=note))
-        note, same = f"of {self.drawn} drawn features", self.same / self.drawn
-        found.append(Check("teacher-forced", "same component", same, thresholds.same_component, True, note))
-        mean_kl = float(np.mean(self.tables["kl"]))
-        found.append(Check("teacher-forced", "mean kl", mean_kl, thresholds.mean_kl, note="nats per feature"))
-        return found
+        overall = Check("teacher-forced", "absolute error", float(np.max(self.absolute)), absolute, note=note)
+        note, limit = f"of {self.drawn} drawn features", thresholds.same_component
+        same = Check("teacher-forced", "same component", self.agreed, limit, True, note)
+        mean_kl = Check("teacher-forced", "mean kl", self.mean_kl, thresholds.mean_kl, note="nats per feature")
+        if control is not None:
+            largest = float(np.max(control.absolute))
+            overall = overall.beside(largest, most(thresholds.absolute, largest), "absolute" in held)
+            same = same.beside(control.agreed, least(control.agreed), "same_component" in held)
+            allowed = most(thresholds.mean_kl, control.mean_kl, KL_FACTOR)
+            mean_kl = mean_kl.beside(control.mean_kl, allowed, "mean_kl" in held)
+        return [*found, overall, same, mean_kl]
+
+    def _check(self, name: str, thresholds: Thresholds, control: Curves | None, held: Sequence[str]) -> Check:
+        """Of a curve: every step has its own limit, and the worst of them is told."""
+        curve, kind = self.curves[name], name if name in ("z", "kl") else "mixture"
+        limit: float = getattr(thresholds, kind)
+        limits = [limit] * len(curve)
+        if control is not None and kind not in held:
+            factor = KL_FACTOR if name == "kl" else CONTROL_FACTOR
+            limits = [most(limit, control.curves[name][step], factor) for step in range(len(curve))]
+        with np.errstate(over="ignore"):
+            worst = int(np.argmax(np.array(curve) / np.maximum(limits, 1e-30)))  # a limit may be 0
+        over = next((i for i, value in enumerate(curve) if not value <= limits[i]), None)
+        unit = " nats per feature" if name == "kl" else ""
+        note = f"worst at step {worst}, mean {np.mean(self.curves[f'{name} mean']):.2g}{unit}"
+        note += "" if over is None else f"; first beyond the limit at step {over}"
+        where = ""
+        if over is not None and name in self.law.parts:
+            where = f"feature {int(np.argmax(self.tables[name][over]))}"
+        check = Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where)
+        return check if control is None else check.beside(control.curves[name][worst], limits[worst])
 
 
-def _teacher_forced(
-    report: ParityReport,
-    pipeline: Pipeline,
-    batch: Batch,
-    tokens: Array,
-    records: Sequence[StepRecord],
-    thresholds: Thresholds,
-) -> None:
+def _teacher_forced(report: ParityReport, pipeline: Pipeline, batch: Batch, run: Run) -> Curves:
+    """The deployed graphs against the reference along its tokens."""
     law = law_of(pipeline.config)
     found = Curves(law, law.picks(pipeline.config))
-    walk = _walk(pipeline, batch, tokens)
-    for record in records:
+    walk = _walk(pipeline, batch, run.tokens.numpy())
+    for record in run.records:
         try:
             z, features, have = next(walk)
         except FloatingPointError as error:
             step = record.step.index
             report.checks.append(Check("teacher-forced", "finite values", 0.0, 1.0, True, str(error), step=step))
             break
-        # Reference rows go image by image, the deployed ones position by position.
-        wanted = [record.z_cond] if record.z_uncond is None else [record.z_cond, record.z_uncond]
-        want_z = np.concatenate([_by_position(value, len(batch)) for value in wanted])
-        laws = [record.cond] if record.uncond is None else [record.cond, record.uncond]
-        want = tuple(np.concatenate([_by_position(part, len(batch)) for part in both]) for both in zip(*laws, strict=True))
-        found.add(z, have, want_z, want, features)
+        found.add(z, have, *_recorded(record, len(batch)), features)
     report.curves |= found.curves
     report.tables |= found.tables
     report.histograms |= {"reference": found.picks[0].tolist(), "deployed": found.picks[1].tolist()}
-    if found.drawn:
-        report.checks += found.checks(thresholds)
+    return found
+
+
+def _recorded(record: StepRecord, batch: int) -> tuple[Array, Parts]:
+    """z and the parts of the law as `_walk` has them: position by position (the reference's rows go image by image),
+    conditional ones first."""
+    wanted = [record.z_cond] if record.z_uncond is None else [record.z_cond, record.z_uncond]
+    laws = [record.cond] if record.uncond is None else [record.cond, record.uncond]
+    z = np.concatenate([_by_position(value, batch) for value in wanted])
+    return z, tuple(np.concatenate([_by_position(part, batch) for part in both]) for both in zip(*laws, strict=True))
 
 
 def _counts(ours: Array, theirs: Array, components: int) -> Array:
@@ -458,70 +510,119 @@ def _by_position(value: torch.Tensor, batch: int) -> Array:
     return np.asarray(rows.transpose(0, 1).flatten(0, 1).numpy())
 
 
-def _free_running(
-    report: ParityReport,
-    pipeline: Pipeline,
-    vae: AutoencoderKL,
-    batch: Batch,
-    tokens: torch.Tensor,
-    records: Sequence[StepRecord],
-    thresholds: Thresholds,
-) -> bool:
-    """-> whether the deployed pipeline made images at all."""
-    config, add, noise = pipeline.config, report.checks.append, batch.noise
+class Side(NamedTuple):
+    """A generation on its own: tokens (B, L, D), images (B, H, W, 3) uint8, and by outer step the component that most
+    probably drew each feature, under this side's own law (P * B, D)."""
+
+    tokens: Array
+    images: Array
+    picks: list[Array]
+
+
+class Parting:
+    """Where two generations from the same noise part: what level 3 gathers."""
+
+    def __init__(self, batch: Batch, want: Side, have: Side, components: int) -> None:
+        self.apart = np.abs(have.tokens - want.tokens).max(-1) > PARTED * _scale(want.tokens)  # (B, L)
+        positions = (batch.noise.order[:, step.remaining : step.masked] for step in batch.plan)
+        diverged = np.stack([np.take_along_axis(self.apart, now, 1).any(1) for now in positions])  # (S, B)
+        self.diverged: list[float] = np.logical_or.accumulate(diverged, 0).mean(1).tolist()
+        first = np.where(diverged.any(0), diverged.argmax(0), -1)
+        self.first: list[int] = first[first >= 0].tolist()  # of the images that part
+        self.first_counts = [self.first.count(index) for index in range(len(batch.plan))]
+        grey = np.abs(have.images.astype(int) - want.images.astype(int)).max((1, 2, 3))
+        self.same_images = float((grey <= 1).mean())
+        self.psnr = psnr(have.images, want.images)
+        pairs = list(zip(want.picks, have.picks, strict=True))
+        self.picks: Array = sum((_counts(*pair, components) for pair in pairs), np.zeros((2, components), np.int64))
+        self.by_step = [float((ours == theirs).mean()) for ours, theirs in pairs]
+        self.same_picks = float(np.average(self.by_step, weights=[ours.size for ours, _ in pairs]))
+
+    def checks(self, thresholds: Thresholds, control: Parting | None = None, held: Sequence[str] = ()) -> list[Check]:
+        """As `Curves.checks`."""
+        began, images = min(self.first, default=None), len(self.psnr)
+        note = "no image parts" if began is None else f"{len(self.first)} of {images} images part, the first at step {began}"
+        agree = float(1 - self.apart.mean())
+        median = float(np.median(self.psnr))
+        over = next((i for i, value in enumerate(self.by_step) if value < thresholds.same_picks), None)
+        named = (
+            ("images within 1 grey level", self.same_images, thresholds.same_images, note),
+            ("tokens that agree", agree, 0.0, f"to {PARTED:g} of the largest value"),
+            (
+                "same picks",
+                self.same_picks,
+                thresholds.same_picks,
+                f"each side's own draws, {int(self.picks[0].sum())} features",
+            ),
+            (
+                "median PSNR, dB",
+                median,
+                thresholds.psnr,
+                f"lowest {self.psnr.min():.3g}; the same image counts as {MAX_PSNR:g}",
+            ),
+        )
+        found = [Check("free-running", name, value, limit or None, True, note) for name, value, limit, note in named]
+        if control is not None:
+            shares = (control.same_images, float(1 - control.apart.mean()), control.same_picks)
+            ratio = float(np.median(control.psnr))
+            allowed = [*map(least, shares), ratio - 20 * math.log10(CONTROL_FACTOR)]
+            # Images may part as often as that; one that has parted goes its own way, and its picks and PSNR with it.
+            together = least(1 - control.diverged[-1])
+            allowed[2] = min(allowed[2], together)
+            allowed[3] = allowed[3] if together > 0.5 else 0.0
+            found = [
+                check.beside(*pair) for check, pair in zip(found, zip((*shares, ratio), allowed, strict=True), strict=True)
+            ]
+        steps = {"images within 1 grey level": began, "same picks": over}
+        return [check if check.passed else replace(check, step=steps.get(check.name)) for check in found]
+
+
+def _free_running(report: ParityReport, pipeline: Pipeline, vae: AutoencoderKL, batch: Batch, run: Run) -> Parting | None:
+    """The deployed pipeline on its own against the reference; None where it made no images."""
+    law = law_of(pipeline.config)
+    want = _side(law, vae, batch, run, pipeline.config)
     try:
         settings = {key: value for key, value in report.settings.items() if key != "seed"}
-        out = pipeline.generate(**settings, noise=noise)
-        share, by_step, picks = _own_picks(pipeline, batch, out.tokens, records)
+        out = pipeline.generate(**settings, noise=batch.noise)
+        walk = _walk(pipeline, batch, out.tokens)
+        picks = [law.pick(features, tuple(part[: len(features)] for part in have)) for _, features, have in walk]
     except FloatingPointError as error:
-        add(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
-        return False
-    want = decode_images(vae, tokens, config).numpy()
-    have = np.stack([np.asarray(image) for image in out.images])
-    report.images = {"reference": want, "deployed": have}
-    apart = np.abs(out.tokens - tokens.numpy()).max(-1) > PARTED * max(1.0, float(tokens.abs().max()))  # (B, L)
-    diverged: list[Array] = []
-    for step in batch.plan:
-        positions = noise.order[:, step.remaining : step.masked]
-        diverged.append(np.asarray(np.take_along_axis(apart, positions, 1).any(1)))
-    first = [next((s for s, now in enumerate(diverged) if now[i]), None) for i in range(len(want))]
-    parted = [step for step in first if step is not None]
-    same: Array = np.abs(have.astype(int) - want.astype(int)).max((1, 2, 3)) <= 1
-    ratios = psnr(have, want)
-    began = min(parted, default=None)
-    note = "no image parts" if began is None else f"{len(parted)} of {len(first)} images part, the first at step {began}"
-    grey = Check("free-running", "images within 1 grey level", float(same.mean()), thresholds.same_images or None, True, note)
-    add(grey if grey.passed else replace(grey, step=began))
-    add(Check("free-running", "tokens that agree", float(1 - apart.mean()), None, note=f"to {PARTED:g} of the largest value"))
-    over = next((i for i, value in enumerate(by_step) if value < thresholds.same_picks), None)
-    note = f"each side's own draws, {int(picks[0].sum())} features"
-    same_picks = Check("free-running", "same picks", share, thresholds.same_picks or None, True, note)
-    add(same_picks if same_picks.passed else replace(same_picks, step=over))
-    note = f"lowest {ratios.min():.3g}; the same image counts as {MAX_PSNR:g}"
-    add(Check("free-running", "median PSNR, dB", float(np.median(ratios)), thresholds.psnr or None, True, note))
-    report.histograms["divergence step"] = [sum(step == index for step in parted) for index in range(len(batch.plan))]
-    report.histograms |= {"own reference": picks[0].tolist(), "own deployed": picks[1].tolist()}
-    report.curves["diverged"] = np.cumsum(np.stack(diverged), 0).astype(bool).mean(1).tolist()
-    report.curves["same picks"] = by_step
-    return True
+        report.checks.append(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
+        return None
+    have = Side(out.tokens, np.stack([np.asarray(image) for image in out.images]), picks)
+    found = Parting(batch, want, have, law.picks(pipeline.config))
+    report.images = {"reference": want.images, "deployed": have.images}
+    report.histograms["divergence step"] = found.first_counts
+    report.histograms |= {"own reference": found.picks[0].tolist(), "own deployed": found.picks[1].tolist()}
+    report.curves |= {"diverged": found.diverged, "same picks": found.by_step}
+    return found
 
 
-def _own_picks(
-    pipeline: Pipeline, batch: Batch, tokens: Array, records: Sequence[StepRecord]
-) -> tuple[float, list[float], Array]:
-    """Which component most probably drew each feature, each side's own features under its own law -> share that is the
-    same, by outer step as well, and how often each component was picked, (2, K)."""
-    law = law_of(pipeline.config)
-    components = law.picks(pipeline.config)
-    picks, shares, sizes = np.zeros((2, components), np.int64), [], []
-    for record, (_, features, have) in zip(records, _walk(pipeline, batch, tokens), strict=True):
-        theirs = law.pick(features, tuple(value[: len(features)] for value in have))
-        want = tuple(_by_position(value, len(batch)) for value in record.cond)
-        ours = law.pick(_by_position(record.features, len(batch)), want)
-        picks += _counts(ours, theirs, components)
-        shares.append(float((ours == theirs).mean()))
-        sizes.append(ours.size)
-    return float(np.average(shares, weights=sizes)), shares, picks
+def _side(law: Law, vae: AutoencoderKL, batch: Batch, run: Run, config: ArinarConfig) -> Side:
+    """What the reference generated."""
+    picks = [
+        law.pick(_by_position(record.features, len(batch)), tuple(_by_position(part, len(batch)) for part in record.cond))
+        for record in run.records
+    ]
+    return Side(run.tokens.numpy(), decode_images(vae, run.tokens, config).numpy(), picks)
+
+
+def _control(
+    report: ParityReport, vae: AutoencoderKL, batch: Batch, run: Run, forced: Run, free: Run, config: ArinarConfig
+) -> tuple[Curves, Parting]:
+    """The reference in float32 (``run``) against itself in float64, along the same tokens and on its own."""
+    law, size = law_of(config), len(batch)
+    curves = Curves(law, law.picks(config))
+    for record, wide in zip(run.records, forced.records, strict=True):
+        curves.add(*_recorded(record, size), *_recorded(wide, size), _by_position(record.features, size))
+    sides = _side(law, copy.deepcopy(vae).double(), batch, free, config), _side(law, vae, batch, run, config)
+    parting = Parting(batch, *sides, law.picks(config))
+    report.control = {
+        "curves": curves.curves | {"diverged": parting.diverged, "same picks": parting.by_step},
+        "tables": curves.tables,
+        "histograms": {"divergence step": parting.first_counts},
+    }
+    return curves, parting
 
 
 __all__ = ["add_distribution", "provenance", "run_parity"]

@@ -17,7 +17,7 @@ from PIL import Image
 from arinar.files import write_text
 
 from .charts import COLORS, bar_plot, escaped, heat_map, line_plot, page
-from .checks import LEVELS, PARTED, Check, ParityReport, Thresholds
+from .checks import CONTROL_FACTOR, KL_FACTOR, LEVELS, PARTED, Check, ParityReport, Thresholds
 from .distances import MAX_PSNR, psnr
 
 Array = npt.NDArray[Any]
@@ -57,6 +57,8 @@ SHARES = {
     "tokens that agree",
     "classifier agreement lost",
 }
+# What the control is called in legends.
+CONTROL = "PyTorch, float32 against float64"
 # Images per row block, and how much the difference is amplified.
 SHOWN, AMPLIFY = 10, 8
 
@@ -107,10 +109,12 @@ def render(report: ParityReport, title: str | None = None) -> str:
 
 def _verdict(report: ParityReport) -> str:
     limits = f"the limits of {report.precision}{', as changed here' if report.changed_limits else ''}"
-    first, notes = report.first_failure, list(report.notes)
+    first, notes = report.first_failure, report.remarks
     if first is None:
         state, lead = "pass", f"Passed: the deployed model is the trained one, within {limits}."
         text = f"All {report.limited} checks passed."
+        if report.widened:
+            text += f" Of {len(report.widened)} the limit was widened: float32 itself parts that far on these weights."
     else:
         state, lead = "fail", f"Failed: the deployed model is not the trained one within {limits}."
         text = f"{len(report.failed)} of {report.limited} checks failed."
@@ -119,8 +123,6 @@ def _verdict(report: ParityReport) -> str:
     for number, level in enumerate(LEVELS, 1):
         if all(check.level != level for check in report.checks) and not any(f"level {number}" in note for note in notes):
             notes.append(f"level {number} ({TITLES[level][0]}) was not run")
-    for name, (usual, now) in report.changed_limits.items():
-        notes.append(f"the limit {name} was set to {now:g}; that of {report.precision} is {usual:g}")
     items = "".join(f"<li>{escaped(note[:1].upper() + note[1:])}.</li>" for note in notes)
     return f"<div class='verdict {state}'><b>{escaped(lead)}</b> {text}{f'<ul>{items}</ul>' if items else ''}</div>"
 
@@ -173,18 +175,21 @@ def _checks(checks: Sequence[Check], report: ParityReport) -> str:
 
 def _teacher_forced_plots(report: ParityReport) -> str:
     curves, tables, limits = report.curves, report.tables, report.thresholds
-    plots, names = [], _names(report)
+    plots, names, control = [], _names(report), report.control.get("curves", {})
     for kind, what in (("", "Largest"), (" mean", "Mean")):
         series = {name: curves[f"{name}{kind}"] for name in names if curves.get(f"{name}{kind}")}
         if series:
             title = f"{what} error at each outer step"
-            plots.append(_error_plot(names, series, title, "outer step", limits if not kind else None))
+            beside = {name: curve for name in series if (curve := control.get(f"{name}{kind}"))}
+            plots.append(_error_plot(names, series, title, "outer step", limits if not kind else None, beside))
     for kind, what in (("", "Largest"), (" mean", "Mean")):
         reduce = np.mean if kind else np.max
         by_feature = {name: reduce(tables[f"{name}{kind}"], 0).tolist() for name in report.parts if tables.get(f"{name}{kind}")}
         if by_feature:
             title = f"{what} error at each feature of a token (z has none)"
-            plots.append(_error_plot(names, by_feature, title, "feature", limits if not kind else None))
+            shown = report.control.get("tables", {})
+            beside = {name: reduce(shown[f"{name}{kind}"], 0).tolist() for name in by_feature if shown}
+            plots.append(_error_plot(names, by_feature, title, "feature", limits if not kind else None, beside))
     for name in report.parts:
         if tables.get(name):
             plots.append(heat_map(np.array(tables[name]), f"Largest relative error: {names[name]}", "feature", "outer step"))
@@ -194,16 +199,27 @@ def _teacher_forced_plots(report: ParityReport) -> str:
         series = {"worst mixture": curves["kl"]} | ({"mean": curves["kl mean"]} if curves.get("kl mean") else {})
         shown = {} if limits is None else {"limit of the worst mixture": limits.kl, "limit of the mean": limits.mean_kl}
         title = "KL divergence of the mixtures at each outer step"
-        plots.append(line_plot(series, title, "outer step", "nats per feature", limits=shown))
+        beside = {"worst mixture": control["kl"], "mean": control["kl mean"]} if control else {}
+        plots.append(line_plot(series, title, "outer step", "nats per feature", limits=shown, beside=beside))
     picks = _picks(report, "", "Component that most probably drew each of PyTorch's features")
     if not any(curves.values()):
         return ""
-    note = "<p>Errors are relative to the largest value of a quantity where that is above 1. Dashed lines are limits.</p>"
-    return f"{note}<div class='plots'>{''.join([*plots, picks])}</div>"
+    note = "Errors are relative to the largest value of a quantity where that is above 1. Dashed lines are limits."
+    if report.control:
+        note += (
+            f" Dotted: PyTorch in float32 against PyTorch in float64 along the same tokens, which widens a limit to "
+            f"{CONTROL_FACTOR:g} times its error ({KL_FACTOR:g} times its divergence) where that is above it."
+        )
+    return f"<p>{note}</p><div class='plots'>{''.join([*plots, picks])}</div>"
 
 
 def _error_plot(
-    names: Mapping[str, str], series: Mapping[str, Sequence[float]], title: str, x_label: str, limits: Thresholds | None
+    names: Mapping[str, str],
+    series: Mapping[str, Sequence[float]],
+    title: str,
+    x_label: str,
+    limits: Thresholds | None,
+    beside: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     shown = {}
     if limits is not None:
@@ -212,7 +228,8 @@ def _error_plot(
             shown = {"limit": limits.mixture}
     named = {names[name]: values for name, values in series.items()}
     colors = [COLORS[list(names).index(name) % len(COLORS)] for name in series]
-    return line_plot(named, title, x_label, "relative error", limits=shown, colors=colors)
+    dotted = {names[name]: values for name, values in (beside or {}).items()}
+    return line_plot(named, title, x_label, "relative error", limits=shown, colors=colors, beside=dotted)
 
 
 def _picks(report: ParityReport, prefix: str, title: str) -> str:
@@ -226,21 +243,32 @@ def _free_running_plots(report: ParityReport) -> str:
         return ""
     plots = []
     parted = report.histograms.get("divergence step", [])
+    control = report.control.get("curves", {})
     if any(parted):
         title = "Outer step at which an image first parts from PyTorch's"
-        plots.append(bar_plot({"images": parted}, title, "outer step", "images"))
+        bars = {"deployed": parted} if control else {"images": parted}
+        bars |= {CONTROL: report.control["histograms"]["divergence step"]} if control else {}
+        plots.append(bar_plot(bars, title, "outer step", "images"))
     if any(report.curves.get("diverged", [])):
-        share = {"parted": [100 * value for value in report.curves["diverged"]]}
-        plots.append(line_plot(share, "Images that have parted so far", "outer step", "% of the images", log=False, top=100))
+        title = "Images that have parted so far"
+        plots.append(_share_plot(report, "diverged", title, "% of the images"))
     plots.append(_picks(report, "own ", "Component that most probably drew each side's own features"))
     if report.curves.get("same picks") and min(report.curves["same picks"]) < 1:
-        share = {"same": [100 * value for value in report.curves["same picks"]]}
-        plots.append(line_plot(share, "Picks of the same component", "outer step", "% of the features", log=False, top=100))
+        plots.append(_share_plot(report, "same picks", "Picks of the same component", "% of the features"))
     said = f"An image parts where a feature of a token differs by more than {PARTED:g} of the largest value of all tokens."
     said += "" if any(parted) else " None does, at any step."
     if report.thresholds is not None and not report.thresholds.same_images:
         said += " With fewer bits every token moves a little: what is limited are the picks, and the law of many images."
     return f"<p>{said}</p><div class='plots'>{''.join(plots)}</div>"
+
+
+def _share_plot(report: ParityReport, name: str, title: str, y_label: str) -> str:
+    """A curve of shares in percent, the control's beside it."""
+    curves = {"deployed": report.curves[name]}
+    if report.control:
+        curves[CONTROL] = report.control["curves"][name]
+    share = {side: [100 * value for value in curve] for side, curve in curves.items()}
+    return line_plot(share, title, "outer step", y_label, log=False, top=100)
 
 
 def _images(report: ParityReport) -> str:

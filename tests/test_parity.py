@@ -23,7 +23,7 @@ from arinar.export.bundle import export_bundle
 from arinar.gmm_law import LAW, mixture_kl, responsible_component
 from arinar.measure import distribution, features
 from arinar.measure import parity as parity_module
-from arinar.measure.checks import THRESHOLDS, Check, ParityReport, parse_thresholds
+from arinar.measure.checks import CONTROL_FACTOR, ORIGINS, THRESHOLDS, Check, ParityReport, parse_thresholds
 from arinar.measure.distances import MAX_PSNR, frechet_between, frechet_distance, mmd_test, psnr
 from arinar.measure.parity import add_distribution, run_parity
 from arinar.model import Arinar
@@ -215,6 +215,68 @@ def test_the_law_that_a_bundle_was_exported_with_is_the_references_too(tmp_path:
         assert bool(np.abs(have - want).max() < 1e-3) is same
     with pytest.raises(BundleError, match="another model"):
         export_bundle(tiny, autoencoder, tmp_path / "bundle", precision="fp16")
+
+
+@pytest.fixture(scope="module")
+def harsh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Arinar, AutoencoderKL]:
+    """A random model of large weights: its mixtures are so narrow that float32's rounding sends draws elsewhere."""
+    model, autoencoder = tiny_model(TINY)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.ndim >= 2:
+                value.mul_(3)
+    folder = tmp_path_factory.mktemp("harsh") / "bundle"
+    export_bundle(model, autoencoder, folder, untrained=True)
+    return Pipeline.load(folder, threads=1), model, autoencoder
+
+
+HARSH: dict[str, Any] = {"labels": [0, 1, 2] * 4, "num_iter": 4, "guidance_scale": 2.0}
+
+
+def test_harsh_weights_pass_as_far_as_float32_can_tell(harsh: tuple[Pipeline, Arinar, AutoencoderKL]) -> None:
+    report = run_parity(*harsh, **HARSH)
+    assert report.passed, report.table()
+    widened = {(c.level, c.name) for c in report.widened}
+    assert widened >= {("teacher-forced", "kl"), ("teacher-forced", "mean kl"), ("free-running", "images within 1 grey level")}
+    for name, limit in (("kl", THRESHOLDS["fp32"].kl), ("mean kl", THRESHOLDS["fp32"].mean_kl)):
+        found = check(report, "teacher-forced", name)  # beyond the limit, as float32 is
+        assert found.value > limit and found.control > limit and f"limit widened from {limit:g}" in found.note
+    assert not check(report, "teacher-forced", "z").widened and not any(c.widened for c in report.checks if c.level == "graph")
+    assert "by limits that the control widened" in report.table()
+    assert "float32 itself parts that far on these weights" in report.table()
+    kept = json.loads(json.dumps(report.to_dict(), allow_nan=False))["control"]
+    assert len(kept["curves"]["kl"]) == len(kept["curves"]["same picks"]) == 4 and kept["factor"] == CONTROL_FACTOR
+
+
+@pytest.mark.parametrize("parameter", ["decoder_norm.weight", "z_proj.weight", "arhead.head.bias"])
+def test_one_wrong_weight_fails_on_harsh_weights_too(harsh: tuple[Pipeline, Arinar, AutoencoderKL], parameter: str) -> None:
+    pipeline, model, autoencoder = harsh
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        value = other.get_parameter(parameter).view(-1)
+        value[0] += 0.1 if parameter.endswith("bias") else 0.05 * value[0]
+    report = run_parity(pipeline, other, autoencoder, **HARSH)
+    failed = {(c.level, c.name) for c in report.failed}
+    assert failed >= {("teacher-forced", "mu"), ("teacher-forced", "kl"), ("teacher-forced", "mean kl")}, report.table()
+    assert "what failed lies beyond that" in report.table()
+
+
+def test_the_control_is_computed_where_it_is_needed_or_asked_for(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:
+    plain = run_parity(pipeline, model, vae, **QUICK)
+    assert not plain.control and plain.to_dict()["control"] is None and all(c.control is None for c in plain.checks)
+    asked = run_parity(pipeline, model, vae, control=True, **QUICK)
+    assert asked.passed and not asked.widened and "no limit was widened" in asked.table()
+    for name in ("z", *LAW.parts):
+        found = check(asked, "teacher-forced", name)
+        assert 0 < found.control < 1e-5 and "float32 against float64" in found.note
+    failing = run_parity(pipeline, model, vae, thresholds=parse_thresholds(["psnr=100"], "fp32"), **QUICK)
+    assert failing.control and "float32's rounding does not explain what failed" in failing.table()
+
+
+def test_where_limits_come_from_is_said() -> None:
+    assert set(ORIGINS) == set(THRESHOLDS)
+    report = ParityReport("small", "x", {}, scheme="int8", thresholds=THRESHOLDS["int8"])
+    assert "limits of small: measured on the demo models" in report.table() and "demo" in report.to_dict()["limits"]
 
 
 def test_random_inputs_lie_within_what_engines_are_built_for(pipeline: Pipeline, model: Arinar, vae: AutoencoderKL) -> None:

@@ -100,6 +100,19 @@ def test_the_verdict_says_what_was_changed_and_what_was_not_run(report: ParityRe
     assert "arinar parity --distribution N" in body
 
 
+def test_the_control_is_drawn_beside_and_said(report: ParityReport) -> None:
+    plain = render(report)
+    assert "Dotted" not in plain and "Limits of int8: measured on the demo models" in plain
+    report.checks = [Check("teacher-forced", "z", 2e-3, 4e-3, control=1e-3, widened=True)]
+    report.control = {"curves": report.curves, "tables": report.tables, "histograms": {"divergence step": [0, 2, 0]}}
+    text = render(report)
+    assert "Of 1 the limit was widened: float32 itself parts that far on these weights." in text
+    assert "Dotted: PyTorch in float32 against PyTorch in float64" in text
+    assert text.count("stroke-dasharray='2 4'") == 2 * (4 + 3) + 2  # by step and by feature, largest and mean; divergences
+    assert "PyTorch, float32 against float64" not in text  # level 3 was not run
+    Balanced().feed(text)
+
+
 def test_limits_are_drawn_and_an_empty_plot_is_not(report: ParityReport) -> None:
     text = render(report)
     assert "limit of z: 0.1" in text and "limit of the parameters: 0.5" in text and "limit of the worst mixture: 0.5" in text
