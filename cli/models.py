@@ -26,7 +26,18 @@ from .group import main
 @click.option("--learning-rate", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", help="torch device, e.g. cuda. [default: cuda where there is one]")
-def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: int, device: str | None, **given: Any) -> None:
+@click.option("--overwrite", is_flag=True, help="Train anew where the checkpoint is there already.")
+def train(
+    what: str,
+    config: str,
+    data: str,
+    vae: str | None,
+    out: Path,
+    seed: int,
+    device: str | None,
+    overwrite: bool,
+    **given: Any,
+) -> None:
     """Train a model (or with VAE as the first argument, its autoencoder), starting or resuming.
 
     Ctrl-C saves the training's state beside the checkpoint; the same command goes on from there, and ends with the
@@ -47,7 +58,13 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
             chosen = kind.from_dict(json.loads(Path(config).read_text(encoding="utf-8")))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{config} is not a {what} config: {error}") from error
-    arguments = without_none(given) | {"config": chosen, "data": data, "seed": seed, "device": device}
+    arguments = without_none(given) | {
+        "config": chosen,
+        "data": data,
+        "seed": seed,
+        "device": device,
+        "overwrite": overwrite,
+    }
     if what == "model":
         arguments["vae"] = vae
     elif vae is not None:
@@ -83,8 +100,12 @@ def init(preset: str, list_presets: bool, out: Path | None, vae_out: Path | None
     if out is None and vae_out is None:
         raise click.UsageError("-o is missing: where should the checkpoint go?")
     from arinar.checkpoint import save_arinar, save_vae
+    from arinar.files import check_writable
     from arinar.model import random_model, random_vae
 
+    for path in (out, vae_out):
+        if path is not None:
+            check_writable(path)
     note = {"weights": f"random, seed {seed}"}
     if out is not None:
         model = random_model(preset, seed)
