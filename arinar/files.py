@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,6 +82,23 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A new folder in the system's folder for such, removed at the end; what earlier processes left there is swept up."""
+    place, owner = Path(tempfile.gettempdir()), getattr(os, "getuid", lambda: 0)()
+    folder = place / f"{name}-{os.getpid()}-{secrets.token_hex(4)}"
+    with suppress(OSError):
+        for entry in place.glob(f"{name}-*-*"):
+            # Others' folders are none of our business, and a calibration may take more than a day.
+            if entry.lstat().st_uid == owner and not _running(entry.name) and _is_litter(entry):
+                remove(entry)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
 def hidden_name(path: Path, kind: str) -> Path:
     """A name beside ``path`` that no other process or thread has: what ``sweep`` takes for ours."""
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -109,7 +127,7 @@ def sweep(path: Path) -> None:
     ours = re.compile(rf"\.(.+\.(partial|old)-\d+-[0-9a-f]{{8}}|{re.escape(path.name)}\.(partial|old)-.+)")
     with suppress(OSError):  # tidying is no reason to fail
         for entry in path.parent.iterdir():
-            if ours.fullmatch(entry.name) and time.time() - last_written(entry) > LITTER_AGE:
+            if ours.fullmatch(entry.name) and _is_litter(entry):
                 remove(entry)
 
 
@@ -119,6 +137,24 @@ def last_written(path: Path) -> float:
     if path.is_dir() and not path.is_symlink():
         newest = max([newest, *(last_written(inner) for inner in path.iterdir())])
     return newest
+
+
+def _is_litter(path: Path) -> bool:
+    return time.time() - last_written(path) > LITTER_AGE
+
+
+def _running(name: str) -> bool:
+    """Whether the process that a name of `temporary_folder` holds is another one, and still there."""
+    process = int(name.split("-")[-2])
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # there, and another user's
+    return True
 
 
 def remove(path: Path) -> None:
