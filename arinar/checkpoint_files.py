@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import check_regular, parse_json, replacing
+from .files import replacing
 from .pickled import AttackError, Unknown, plain
+from .reading import check_regular, parse_json
 from .torch_files import TorchFileError, read_torch_stream, read_torch_zip, state_of
 
 FORMAT_VERSION = 1
@@ -46,7 +48,11 @@ def write_checkpoint(path: Path, kind: str, module: nn.Module, config: dict[str,
     header = {"format_version": FORMAT_VERSION, "kind": kind, "config": config, "metadata": metadata or {}}
     header["sha256"] = contents_sha256(header, state)
     with replacing(path) as temporary:
-        save_file(state, temporary, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+        try:
+            save_file(state, temporary, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+        except SafetensorError as error:  # a full disk, a refusal: the state dict itself is sound
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
         temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from .files import parse_json
+from .reading import parse_json
 from .schedule import check_cfg_schedule
 
 #: Tokens of an image: attention takes memory by their square. Blocks of a stack. Longest text of a class name.

@@ -1,114 +1,58 @@
-"""Files in and out: what is read is a file of bounded size, JSON of bounded depth, arrays of bounded shape; results are
-written whole or not at all, and what cannot be written is known before the work, not after."""
+"""Writing result files: whole or not at all, and what cannot be written is known before the work, not after.
+
+What is being written lies beside its final name under a hidden one, ``.NAME.partial-PROCESS-RANDOM``. A killed process
+leaves such litter; whoever checks that it can write there sweeps up what is more than a day old.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+import errno
 import os
-import stat
-import zipfile
+import re
+import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-#: Bytes of a JSON file, and how deep it may nest. (A manifest has 7 levels.)
-MAX_JSON, MAX_JSON_DEPTH = 256 << 20, 64
-# Deflate makes nothing smaller by more than this: a larger promise is a lie about what will come out.
-_MAX_DEFLATION = 1032
+#: Hidden files and folders of ours that nothing has written to for so many seconds belong to nobody any more.
+LITTER_AGE = 24 * 3600.0
 
 
-def check_regular(path: Path) -> None:
-    """Raise ValueError for what is there and is no ordinary file: a pipe or a device may never end, or never begin."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
-        raise ValueError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'no ordinary file')}; expected a file: copy it into one")
+def check_writable(path: str | os.PathLike[str], *, make_folder: bool = False) -> None:
+    """Raise ValueError, naming the reason and the remedy, where a file cannot be written.
 
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file says. Raises OSError where it cannot be read, ValueError for what is no JSON, or beyond bounds."""
-    path = Path(path)
-    check_regular(path)
-    size = path.stat().st_size
-    if size > MAX_JSON:
-        raise ValueError(f"{path} has {size:,} bytes; expected JSON of at most {MAX_JSON:,}")
-    return parse_json(path.read_text(encoding="utf-8"))
-
-
-def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises ValueError for what is no JSON, or nested deeper than MAX_JSON_DEPTH."""
-    try:
-        data = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep") from None
-    level = [data]
-    for _ in range(MAX_JSON_DEPTH):
-        held = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list)))
-        level = [item for values in held for item in values]
-    if level:
-        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
-    return data
-
-
-def read_npz(path: Path, most: int) -> dict[str, Any]:
-    """The arrays of an .npz file, at most ``most`` bytes together: their headers are believed only where all fits.
-
-    Raises OSError where it cannot be read, ValueError for other files, and what NumPy, zipfile and zlib raise for damage.
+    ``make_folder``: the folder it goes into is made where it is missing, rather than asked for.
     """
-    import numpy as np
-
-    check_regular(path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is no .npz file")
-    arrays: dict[str, Any] = {}
-    with zipfile.ZipFile(path) as archive:
-        infos = archive.infolist()
-        total = sum(info.file_size for info in infos)
-        if total > most:
-            raise ValueError(f"its arrays have {total:,} bytes; expected at most {most:,}")
-        for info in infos:
-            name = info.filename.removesuffix(".npy")
-            if name in arrays or name == info.filename:
-                raise ValueError(f"it has an entry {info.filename!r}; expected arrays, each of them once")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"its array {name!r} is compressed in a way that np.savez never uses")
-            if info.file_size > _MAX_DEFLATION * info.compress_size:
-                raise ValueError(f"its array {name!r} cannot have {info.file_size:,} bytes")
-            with archive.open(info) as file:
-                shape, dtype = _npy_header(np, file)
-                held = info.file_size - file.tell()
-                if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
-                    raise ValueError(f"its array {name!r} says {shape} {dtype}, for {held:,} bytes")
-            with archive.open(info) as file:
-                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-    return arrays
-
-
-def _npy_header(np: Any, file: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype that an .npy stream begins with."""
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"an array has the format version {version}; expected 1.0 or 2.0")
-    shape, _, dtype = read(file)
-    return shape, dtype
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError, naming the reason and the remedy, where a file cannot be written."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
+    if make_folder:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist; make it, or choose another file")
-    probe = _temporary(path)
+    sweep(path)
     try:
-        probe.touch()
-        probe.unlink()
+        _probe(path.parent)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError where files cannot be made in a folder, or the folder cannot be made. Makes nothing."""
+    folder = Path(folder)
+    found = Path(os.path.abspath(folder))
+    while not os.path.lexists(found):
+        found = found.parent
+    try:
+        _probe(found)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -121,14 +65,121 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside a file, to write to. That becomes the file at the end; an exception removes it."""
-    temporary = _temporary(path)
+    """Gives a temporary name beside a file, to write to. That becomes the file at the end; an exception removes it.
+
+    Raises OSError, naming the file, the reason and the remedy, where the disk is full or refuses.
+    """
+    temporary = hidden_name(path, "partial")
     try:
         yield temporary
+        sync(temporary)  # or a power cut could leave the final name with nothing behind it
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to that"
+        raise OSError(f"cannot write {path}: {error.strerror or error}; {remedy}, or choose another file") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A new folder in the system's folder for such, removed at the end; what earlier processes left there is swept up."""
+    place, owner = Path(tempfile.gettempdir()), getattr(os, "getuid", lambda: 0)()
+    folder = place / f"{name}-{os.getpid()}-{secrets.token_hex(4)}"
+    with suppress(OSError):
+        for entry in place.glob(f"{name}-*-*"):
+            # Others' folders are none of our business, and a calibration may take more than a day.
+            if entry.lstat().st_uid == owner and not _running(entry.name) and _is_litter(entry):
+                remove(entry)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def hidden_name(path: Path, kind: str) -> Path:
+    """A name beside ``path`` that no other process or thread has: what ``sweep`` takes for ours."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder, all of which is on the disk before, and the name after."""
+    sync(source)
+    os.rename(source, target)
+    _sync_folder(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder with all that it holds, on the disk before going on."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+        _sync_folder(path)
+    else:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left beside ``path`` more than a day ago: whatever has a name of ours."""
+    ours = re.compile(rf"\.(.+\.(partial|old)-\d+-[0-9a-f]{{8}}|{re.escape(path.name)}\.(partial|old)-.+)")
+    with suppress(OSError):  # tidying is no reason to fail
+        for entry in path.parent.iterdir():
+            if ours.fullmatch(entry.name) and _is_litter(entry):
+                remove(entry)
+
+
+def last_written(path: Path) -> float:
+    """When anything in a file or folder was last written, in seconds since 1970. Links are not followed."""
+    newest = path.lstat().st_mtime
+    if path.is_dir() and not path.is_symlink():
+        newest = max([newest, *(last_written(inner) for inner in path.iterdir())])
+    return newest
+
+
+def _is_litter(path: Path) -> bool:
+    return time.time() - last_written(path) > LITTER_AGE
+
+
+def _running(name: str) -> bool:
+    """Whether the process that a name of `temporary_folder` holds is another one, and still there."""
+    process = int(name.split("-")[-2])
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # there, and another user's
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that it holds, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _probe(folder: Path) -> None:
+    """Make a file in a folder, and remove it. Raises OSError."""
+    probe = hidden_name(folder / "probe", "partial")
+    try:
+        probe.touch()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some systems cannot open folders, or sync them
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -220,8 +220,13 @@ class Fit:
             "history": self.history,
             "recent": self.recent,
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # PyTorch's own words for what befell the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
     def load(self, path: Path) -> None:
         """Continue from a state file, or raise ValueError where it is damaged or belongs to another training."""

@@ -24,6 +24,7 @@ from .checkpoint import load_arinar, load_vae, save_arinar, save_vae
 from .config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 from .data import DIGITS, Augment, Dataset, load_dataset, to_float
 from .demo import demo_vae
+from .files import check_writable
 from .fit import Fit, OnEval, Optimization, TrainResult, Watch, own_random_state, seed_for
 from .inner import Mixture, log_density
 from .judge import Judgement, judge
@@ -83,6 +84,7 @@ def train_vae(
     device: str | torch.device | None = None,
     progress: bool = True,
     on_eval: OnEval | None = None,
+    overwrite: bool = False,
 ) -> TrainResult:
     """Train an autoencoder and write the averaged weights with the lowest held-out loss to ``out`` (safetensors).
 
@@ -97,12 +99,15 @@ def train_vae(
     augment : random changes of the training images; None for none.
     device : None means CUDA where there is one, else the CPU.
     on_eval : called with (steps done, mean training loss, held-out loss) at each evaluation.
+    overwrite : train anew where ``out`` is there already.
 
-    Raises ValueError for unsuitable arguments or data, and where the state file belongs to another training.
+    Raises ValueError for unsuitable arguments or data, where ``out`` cannot be written or is there already, and where the
+    state file belongs to another training; OSError where the disk is full.
     """
     vae_config = _preset(config, VAE_PRESETS, VaeConfig, "VAE config")
     optimization = Optimization(steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema)
     watch = Watch(eval_every, save_every, progress, on_eval)
+    _check_out(Path(out), overwrite)
     dataset = _dataset(data, img_size, held_out, seed)
     target = _device(device)
     with own_random_state():
@@ -194,6 +199,7 @@ def train_arinar(
     device: str | torch.device | None = None,
     progress: bool = True,
     on_eval: OnEval | None = None,
+    overwrite: bool = False,
 ) -> TrainResult:
     """Train a model of either kind and write the averaged weights with the lowest held-out NLL to ``out``.
 
@@ -214,14 +220,17 @@ def train_arinar(
         images of fewer than 64 tokens.
     device : None means CUDA where there is one (bfloat16 where it has it), else the CPU.
     on_eval : called with (steps done, mean training loss, held-out NLL per token) at each evaluation.
+    overwrite : train anew where ``out`` is there already.
 
-    Raises ValueError for unsuitable arguments or data, and where the state file belongs to another training.
+    Raises ValueError for unsuitable arguments or data, where ``out`` cannot be written or is there already, and where the
+    state file belongs to another training; OSError where the disk is full.
     """
     model_config = _preset(config, PRESETS, ArinarConfig, "config")
     ratios = _mask_ratios(model_config, mask_ratio_min, mask_ratio_std)
     _check_shares(dropout=dropout, label_drop=label_drop, mask_ratio_min=ratios["mask_ratio_min"])
     optimization = Optimization(steps, batch_size, learning_rate, warmup, schedule, weight_decay, clip=clip, ema=ema)
     watch = Watch(eval_every, save_every, progress, on_eval)
+    _check_out(Path(out), overwrite)
     dataset = _dataset(data, model_config.img_size, held_out, seed)
     target = _device(device)
     coder = _autoencoder(vae, model_config).to(target)
@@ -311,9 +320,26 @@ class _ArinarTask:
         return training_loss(model, tokens, labels.to(device), generator, label_drop=label_drop, **self.ratios)
 
 
+def _state_path(out: Path) -> Path:
+    """The file that holds a training's state until it is finished."""
+    return out.with_name(out.name + ".state")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raise ValueError where a training's result could not be written, or would replace another's."""
+    state = _state_path(out)
+    if out.is_file() and not state.exists() and not overwrite:
+        raise ValueError(
+            f"{out} is there already, and no unfinished training of it ({state.name}) to go on with; "
+            f"pass --overwrite to train anew in its place, or name another file with -o"
+        )
+    check_writable(out, make_folder=True)
+    check_writable(state)
+
+
 def _carry_out(fit: Fit, watch: Watch, out: Path, save: Callable[..., None], measure: str, dataset: Dataset) -> TrainResult:
     """Train, and write what came of it to ``out``; the state lies beside it until then."""
-    state = out.with_name(out.name + ".state")
+    state = _state_path(out)
     finished = fit.run(state, watch)
     if finished:
         metadata = {"data": dataset.name, "seed": str(fit.seed), "steps": str(fit.step), "best_step": str(fit.best_step)}

@@ -242,6 +242,11 @@ def check(
     if not 0 < budget_kl < math.inf:
         raise ValueError(f"budget_kl is {budget_kl}; expected a number of nats above 0, for example {DEFAULT_BUDGET_KL:g}")
     check_arguments(config, defaults, **recording_arguments)
+    check_out(out)
+
+
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Raise ValueError where :func:`calibrate` could not write its file, or the recorded inputs beside it."""
     out = Path(out)
     if out.suffix == ".npz":
         raise ValueError(f"out is {out}; recorded inputs go into a file of that name: give the JSON file another suffix")

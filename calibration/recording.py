@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import MAX_TOKENS, check_integer
-from arinar.files import parse_json, read_npz, replacing
+from arinar.files import replacing
+from arinar.reading import parse_json, read_npz
 
 from .ranges import TensorStatistics
 

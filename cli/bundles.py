@@ -62,8 +62,10 @@ def export(
     Example:  arinar export checkpoint-last.pth --vae kl16.ckpt -o bundle/
               arinar export digits -o digits-bundle/
     """
+    from arinar.files import check_folder
     from arinar.schemes import QUANTIZED
 
+    check_folder(out)
     if precision in QUANTIZED:
         manifest = _export_quantized(checkpoint, vae, out, precision, calibration, opset, overwrite, options)
         if as_json:
@@ -102,7 +104,7 @@ def _export_quantized(
     """Add an 8-bit precision to the bundle; where it has no fp32 graphs yet, export those first. ``options``: CHECKPOINT's."""
     from arinar.export.bundle import export_bundle
     from arinar.export.quantize import check_weights, quantize_bundle
-    from arinar.runtime import Bundle
+    from arinar.runtime import Bundle, BundleError
 
     if Path(checkpoint).is_dir():
         if not out.exists() or not out.samefile(checkpoint):
@@ -113,7 +115,13 @@ def _export_quantized(
             check_weights(Bundle.open(out), model, autoencoder)
         else:
             provenance = inspected(checkpoint, vae, **options)
-            export_bundle(model, autoencoder, out, opset=opset, provenance=provenance, progress=say)
+            try:
+                export_bundle(model, autoencoder, out, opset=opset, provenance=provenance, progress=say)
+            except BundleError:
+                # Another command may have put the same graphs there meanwhile: just as well.
+                if not (out / "manifest.json").is_file() or "fp32" not in Bundle.open(out).manifest.graphs:
+                    raise
+                check_weights(Bundle.open(out), model, autoencoder)
     return quantize_bundle(out, precision, calibration, overwrite=overwrite, progress=say)
 
 
@@ -172,10 +180,9 @@ def calibrate(
               arinar export bundle/ -o bundle/ --precision int8-static --calibration calib.json
     """
     import contextlib
-    import tempfile
 
     from arinar.calibration.precision import calibrate as run
-    from arinar.calibration.precision import check
+    from arinar.calibration.precision import check, check_out
     from arinar.demo import DEMO_MODELS
     from arinar.schemes import QUANTIZED
 
@@ -186,6 +193,7 @@ def calibrate(
         "budget_kl": budget_kl,
     }
     arguments["precisions"] = precisions or QUANTIZED
+    check_out(out)
     with contextlib.ExitStack() as stack:
         bundle = Path(model)
         if bundle.is_dir() and vae is not None:
@@ -194,12 +202,13 @@ def calibrate(
             raise ValueError(f"there is no bundle or checkpoint {model}; a demo model is {' or '.join(DEMO_MODELS)}")
         if not bundle.is_dir():
             from arinar.export.bundle import export_bundle
+            from arinar.files import temporary_folder
             from arinar.runtime.bundle import Defaults
 
             trained, autoencoder = load_models(model, vae, **CHECKPOINT.of(options))
             config = trained.config
             check(config, Defaults.of(config), out, **arguments)
-            bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arinar-"))) / "bundle"
+            bundle = stack.enter_context(temporary_folder("arinar-calibrate")) / "bundle"
             export_bundle(trained, autoencoder, bundle, progress=say)
         result = run(bundle, out, threads=threads, progress=say, **arguments)
     if as_json:

@@ -141,7 +141,7 @@ def read_config(text: str, kind: Any, presets: Mapping[str, Any]) -> Any:
 
     Raises ValueError naming the file, and the presets where there is no such file.
     """
-    from arinar.files import read_json
+    from arinar.reading import read_json
 
     if text in presets:
         return presets[text]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +37,8 @@ class ArinarGroup(click.Group):
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with sigterm_raises():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # click's own way out (--help, Ctrl-C at a prompt); RuntimeErrors
             raise
         except ModuleNotFoundError as error:
@@ -49,6 +52,8 @@ class ArinarGroup(click.Group):
             fail("a file is nested too deeply to be read; expected one that arinar, or PyTorch, wrote", BAD_INPUT)
         except (RuntimeError, ArithmeticError) as error:
             fail(str(error), FAILED)
+        except Terminated:
+            fail("terminated", 143)
         except KeyboardInterrupt:
             fail("interrupted", 130)
 
@@ -62,6 +67,29 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whoever cleans up on Ctrl-C cleans up."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """While inside, the first SIGTERM raises Terminated; a second ends the process at once."""
+
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    # Only the main thread may install handlers; who ignores the signal, or has a handler, keeps it so.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fail(message: str, code: int) -> None:

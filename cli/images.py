@@ -44,6 +44,9 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     Example:  arinar demo
               arinar demo --model digits-causal -o causal-output
     """
+    from arinar.files import check_folder
+
+    check_folder(out)
     began = time.perf_counter()
     say(f"1. the shipped checkpoint of {model!r}: a real model, trained on scikit-learn's handwritten digits")
     from arinar.checkpoint import inspect_checkpoint
@@ -147,9 +150,11 @@ def generate(
     """
     from tqdm import tqdm
 
+    from arinar.files import check_folder
     from arinar.runtime.images import contact_sheet, save_png
     from arinar.runtime.worklist import Worklist
 
+    check_folder(out)
     pipeline = open_pipeline(bundle, **RUNTIME.of(options))
     wanted, seed = [label for label in labels for _ in range(per_label)], options["seed"]
     work = Worklist(pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options))

@@ -25,7 +25,18 @@ from .group import main
 @click.option("--learning-rate", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", help="torch device, e.g. cuda. [default: cuda where there is one]")
-def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: int, device: str | None, **given: Any) -> None:
+@click.option("--overwrite", is_flag=True, help="Train anew where the checkpoint is there already.")
+def train(
+    what: str,
+    config: str,
+    data: str,
+    vae: str | None,
+    out: Path,
+    seed: int,
+    device: str | None,
+    overwrite: bool,
+    **given: Any,
+) -> None:
     """Train a model (or with VAE as the first argument, its autoencoder), starting or resuming.
 
     Ctrl-C saves the training's state beside the checkpoint; the same command goes on from there, and ends with the
@@ -43,7 +54,13 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
     presets: Any = VAE_PRESETS if what == "vae" else PRESETS
     # A preset goes on by its name, which the trained checkpoint keeps.
     chosen = config if config in presets else read_config(config, kind, presets)
-    arguments = without_none(given) | {"config": chosen, "data": data, "seed": seed, "device": device}
+    arguments = without_none(given) | {
+        "config": chosen,
+        "data": data,
+        "seed": seed,
+        "device": device,
+        "overwrite": overwrite,
+    }
     if what == "model":
         arguments["vae"] = vae
     elif vae is not None:

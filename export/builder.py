@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arinar.files import replacing
 from arinar.runtime.backends.engines import EngineError
 
 # Lines of a child's output that are meant for us; the libraries print there too.
@@ -257,6 +258,5 @@ def _save_timing_cache(config: Any, path: Path, notes: list[str]) -> None:
         notes.append("this library wrote no timing cache")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(memoryview(data))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(memoryview(data))

@@ -17,7 +17,6 @@ import arinar
 from arinar.config import ArinarConfig
 from arinar.model import Arinar
 from arinar.runtime.bundle import (
-    MANIFEST_NAME,
     Bundle,
     BundleError,
     Defaults,
@@ -29,7 +28,7 @@ from arinar.schemes import QUANTIZED, TRACED
 from arinar.vae import AutoencoderKL
 
 from .cpu import cpu_path, write_cpu_form
-from .folder import merge, replace_folder, scratch_folder, write_manifest
+from .folder import check_bundle_folder, locked, place, scratch_folder, write_manifest
 from .graphs import HEADS, graph_specs
 from .spec import Array, ExportError, GraphSpec
 from .steps import half_precision, half_precision_vae
@@ -102,6 +101,7 @@ def export_bundle(
     check_match(model.config, vae)
     say = progress or (lambda line: None)
     out = Path(out)
+    check_bundle_folder(out)
     hashes = {"weights_sha256": weights_sha256(model), "vae_weights_sha256": weights_sha256(vae)}
     provenance = dict(provenance or {}) | hashes
     law = dict(law or HEADS[model.config.head].LAW)
@@ -126,13 +126,12 @@ def export_bundle(
             vae=vae.config,
             provenance={"arinar": arinar.__version__, "torch": torch.__version__, "onnx": onnx.__version__} | provenance,
         )
-        if existing is None:
-            (scratch / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-            replace_folder(scratch, out)
-        else:
-            manifest = merge(existing.manifest, manifest)
-            replace_folder(folder, out / "graphs" / precision)
-            write_manifest(out, manifest)
+        with locked(out, say):
+            # Meanwhile another command may have made the bundle, changed it, or added this very precision.
+            existing = _existing(out, model.config, precision, law, overwrite, provenance)
+            if shared and (existing is None or not shared.items() <= _shared_graphs(existing.manifest, opset).items()):
+                raise BundleError(f"another command has replaced the fp32 graphs of {out} meanwhile; run this one again")
+            manifest = place(folder, out, manifest, add=existing is not None)
     total = sum(info.size for info in files.values())
     say(f"{out}: {len(graphs)} {precision} graphs, {total / 1e6:.1f} MB")
     return manifest

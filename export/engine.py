@@ -17,7 +17,6 @@ import itertools
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from arinar.config import ArinarConfig
+from arinar.files import check_folder, hidden_name, sweep
 from arinar.runtime.backends.engines import (
     ENGINE_SUFFIX,
     ENGINES,
@@ -131,6 +131,8 @@ def build_engines(
     known = bundle.manifest.precision_graphs(precision)
     names = _chosen_graphs(known, graphs)
     check_batch(batch)
+    if not dry_run:
+        check_folder(bundle.folder / ENGINES)
     config, num_iter = bundle.manifest.config, bundle.manifest.defaults.num_iter
     fewest = _fewest_steps(min_num_iter, num_iter, config.seq_len)
     if optimization_level is not None and not 0 <= optimization_level <= 5:
@@ -400,7 +402,9 @@ def _job(bundle: Bundle, graph: GraphInfo, info: EngineInfo, cache: Path | None)
 def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, say: Progress) -> EngineInfo:
     """Build one engine and put it in place with its sidecar, all or nothing -> the finished sidecar."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{info.graph}.partial-", dir=path.parent))
+    sweep(path.with_name(info.graph))
+    scratch = hidden_name(path.with_name(info.graph), "partial")
+    scratch.mkdir()
     try:
         made = scratch / path.name
         began = time.monotonic()

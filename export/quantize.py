@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from arinar.files import read_json
 from arinar.model import Arinar
+from arinar.reading import read_json
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
 from arinar.schemes import QUANTIZED, SCHEMES
@@ -28,7 +28,7 @@ from arinar.vae import AutoencoderKL
 
 from .bundle import WEIGHTS_NAME, weights_sha256, written
 from .cpu import cpu_path, write_cpu_form
-from .folder import merge, replace_folder, scratch_folder, write_manifest
+from .folder import check_bundle_folder, locked, place, scratch_folder
 from .graphs import HEADS
 from .layers import Graph, Layer, LayerPlan, layer_graphs, smooth_scale
 from .spec import Array, ExportError
@@ -162,10 +162,10 @@ def quantize_bundle(
             f"({', '.join(SCHEMES)})"
         )
     opened = Bundle.open(bundle)
-    manifest, folder = opened.manifest, opened.folder
-    infos = manifest.precision_graphs("fp32")
-    if variant in manifest.graphs and not overwrite:
-        raise BundleError(f"{folder} already holds {variant} graphs; pass --overwrite to replace them")
+    folder = opened.folder
+    infos = opened.manifest.precision_graphs("fp32")
+    _check_free(opened, variant, overwrite)
+    check_bundle_folder(folder)
     opened.verify(sorted({file for info in infos.values() for file in info.files}))
     graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(infos)}
     layers = {key: layer for graph in graphs.values() for key, layer in graph.layers.items()}
@@ -192,19 +192,28 @@ def quantize_bundle(
         origin: dict[str, Any] = {"layers": len(plans)}
         if used is not None:
             origin["calibration_sha256"] = file_info(used.path).sha256
-        quantization = dict(manifest.provenance.get("quantization", {})) | {variant: origin}
-        added = replace(
-            manifest,
-            graphs={variant: entries},
-            files=files,
-            schemes={variant: precision},
-            provenance={"quantization": quantization},
-        )
-        merged = merge(manifest, added)
-        replace_folder(target, folder / "graphs" / variant)
-        write_manifest(folder, merged)
+        with locked(folder, say):
+            # Meanwhile another command may have changed the bundle: its manifest is the one to add to.
+            current = Bundle.open(folder)
+            _check_free(current, variant, overwrite)
+            if current.manifest.graphs.get("fp32") != infos:
+                raise BundleError(f"another command has replaced the fp32 graphs of {folder} meanwhile; run this one again")
+            quantization = dict(current.manifest.provenance.get("quantization", {})) | {variant: origin}
+            added = replace(
+                current.manifest,
+                graphs={variant: entries},
+                files=files,
+                schemes={variant: precision},
+                provenance={"quantization": quantization},
+            )
+            merged = place(target, folder, added, add=True)
     say(f"{folder}: {variant}, {sum(info.size for info in files.values()) / 1e6:.1f} MB beside fp32")
     return merged
+
+
+def _check_free(bundle: Bundle, variant: str, overwrite: bool) -> None:
+    if variant in bundle.manifest.graphs and not overwrite:
+        raise BundleError(f"{bundle.folder} already holds {variant} graphs; pass --overwrite to replace them")
 
 
 def check_weights(bundle: Bundle, model: Arinar, vae: AutoencoderKL) -> None:

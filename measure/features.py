@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import PRESETS, ArinarConfig
-from arinar.files import read_npz
+from arinar.reading import read_npz
 
 Array = npt.NDArray[Any]
 Features = Callable[[Array], Array]

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig, check_integer, check_number
-from arinar.files import MAX_JSON, parse_json
+from arinar.reading import MAX_JSON, parse_json
 from arinar.schemes import SCHEMES
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
@@ -347,19 +347,32 @@ class Bundle:
             path, info = self.path(name), self.manifest.files[name]
             if progress:
                 progress(name)
-            if not path.is_file():
-                raise BundleError(f"{path} is missing; copy the bundle again, or export the model again")
-            size = path.stat().st_size
+            try:
+                size = path.stat().st_size if path.is_file() else None
+                digest = file_sha256(path) if size == info.size else ""
+            except FileNotFoundError:  # since a moment ago
+                size = None
+            if size is None:
+                raise self.fault(f"{path} is missing; copy the bundle again, or export the model again")
             if size != info.size:
-                raise BundleError(
+                raise self.fault(
                     f"{path} has {size} bytes; the manifest says {info.size}. Copy the bundle again, or export again"
                 )
-            digest = file_sha256(path)
             if digest != info.sha256:
-                raise BundleError(
+                raise self.fault(
                     f"{path} is damaged: its SHA-256 is {digest[:16]}..., the manifest says {info.sha256[:16]}... "
                     f"Copy the bundle again, or export again"
                 )
+
+    def fault(self, message: str) -> BundleError:
+        """The error for a file that cannot be used: it may be gone because the bundle has changed since it was opened."""
+        try:
+            changed = Bundle.open(self.folder).manifest != self.manifest
+        except BundleError:
+            changed = False
+        if changed:
+            return BundleError(f"another command has changed {self.folder} since it was opened; load the bundle again")
+        return BundleError(message)
 
 
 def file_sha256(path: Path) -> str:

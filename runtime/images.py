@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from arinar.files import check_regular, parse_json, replacing
+from arinar.files import replacing
+from arinar.reading import check_regular, parse_json
 
 METADATA_KEY = "arinar"
 # Larger files are none of ours: the largest image that a model may make, stored without compression.

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from arinar.files import check_folder, sweep
+
 from .bundle import MANIFEST_NAME, file_sha256
 from .images import read_metadata, read_png, save_png
 from .pipeline import Pipeline
@@ -97,10 +99,6 @@ class Worklist:
 
 def _writable(folder: Path) -> None:
     """Make the folder; raise ValueError where files cannot be made in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder / "000000.png")

@@ -26,6 +26,7 @@ from arinar.calibration.recording import CalibrationError, Recording
 from arinar.cli import main
 from arinar.config import ArinarConfig
 from arinar.export.layers import LayerPlan
+from arinar.files import hidden_name
 from arinar.runtime.bundle import Bundle, BundleError
 
 QUICK: dict[str, Any] = {"num_images": 4, "num_iter": 3, "batch_size": 2, "threads": 1}
@@ -182,10 +183,11 @@ def test_a_run_that_was_killed_goes_on_from_its_last_finished_images(
     root = Path(recording_module.__file__).parent.parent
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (tmp_path / ".calib.npz.partial").write_bytes(b"half of a file, as a kill while writing leaves it")
+    half = hidden_name(path, "partial")
+    half.write_bytes(b"half of a file, as a kill while writing leaves it")
     said: list[str] = []
     resumed = collect(bundle, partial=path, progress=said.append, **QUICK)
-    assert said[0] == "resuming after 2 of 4 images" and [p.name for p in tmp_path.iterdir()] == ["calib.npz"]
+    assert said[0] == "resuming after 2 of 4 images" and set(tmp_path.iterdir()) == {path, half}
     for name, statistics in recorded[0].layers.items():
         for key, value in statistics.arrays().items():
             np.testing.assert_array_equal(value, resumed.layers[name].arrays()[key])

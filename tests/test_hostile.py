@@ -29,8 +29,8 @@ from arinar import checkpoint_files
 from arinar.checkpoint_files import CheckpointError, open_checkpoint
 from arinar.config import PRESETS, ArinarConfig, VaeConfig
 from arinar.data import load_folder
-from arinar.files import MAX_JSON_DEPTH, parse_json, read_json, read_npz
 from arinar.pickled import Unknown, plain, read_pickle
+from arinar.reading import MAX_JSON_DEPTH, parse_json, read_json, read_npz
 from arinar.text import printable
 
 HOSTILE = Path(__file__).parent / "data" / "hostile"

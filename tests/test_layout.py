@@ -19,7 +19,9 @@ ROOMS = {
     **{room: (ROOT / room if (ROOT / room).is_dir() else ROOT.parent / room) for room in NAMES},
 }
 #: Modules of the model's room that need nothing but the standard library and NumPy: every room may import them.
-PLAIN = {f"arinar.{name}" for name in ("config", "files", "schedule", "law", "gmm_law", "mixture_law", "schemes", "text")}
+PLAIN = {
+    f"arinar.{name}" for name in ("config", "files", "schedule", "law", "gmm_law", "mixture_law", "reading", "schemes", "text")
+}
 #: Modules that import neither torch nor the model, though their rooms do.
 TORCH_FREE = {
     *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),

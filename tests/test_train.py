@@ -355,3 +355,45 @@ def test_demo_recipes_start_from_their_names(tmp_path: Path, vae: AutoencoderKL)
 def test_diverging_loss_is_reported(data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="training loss is"):
         _arinar(tmp_path / "a", data, vae, steps=200, learning_rate=1e6, warmup=1, clip=1e9, schedule="constant")
+
+
+def test_a_finished_training_is_not_replaced_without_a_word(data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:
+    _arinar(tmp_path / "a", data, vae, steps=3)
+    before = (tmp_path / "a").read_bytes()
+    for again in (lambda: _arinar(tmp_path / "a", data, vae, steps=1), lambda: _vae(tmp_path / "a", data, steps=1)):
+        with pytest.raises(ValueError, match=r"a is there already, .*; pass --overwrite .*, or name another file with -o"):
+            again()
+    assert (tmp_path / "a").read_bytes() == before
+    stopped = _arinar(tmp_path / "a", data, vae, overwrite=True, on_eval=_interrupt_at(3))
+    assert not stopped.finished and (tmp_path / "a").read_bytes() == before
+    assert _arinar(tmp_path / "a", data, vae, overwrite=True).finished
+    assert (tmp_path / "a").read_bytes() != before and not (tmp_path / "a.state").exists()
+
+
+def test_a_disk_that_is_full_keeps_the_last_good_state(data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: every writer fails as it would there, in its own words."""
+    resource = pytest.importorskip("resource")
+    _arinar(tmp_path / "a", data, vae, on_eval=_interrupt_at(3))
+    state = (tmp_path / "a.state").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        for arguments, name in (({"on_eval": _interrupt_at(6)}, r"a\.state"), ({"save_every": 100}, "a")):
+            with pytest.raises(OSError, match=rf"cannot write .*{name}: File too large; .* choose another file") as caught:
+                _arinar(tmp_path / "a", data, vae, **arguments)
+            assert "\n" not in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a.state").read_bytes() == state and [p.name for p in tmp_path.iterdir()] == ["a.state"]
+    assert _arinar(tmp_path / "a", data, vae).finished
+
+
+def test_a_training_checks_first_that_it_can_write(data: Dataset, vae: AutoencoderKL, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    def never(*args: object) -> None:
+        raise AssertionError("it trained first")
+
+    with pytest.raises(ValueError, match=r"cannot write .*file/a"):
+        _arinar(tmp_path / "file" / "a", data, vae, on_eval=never)
+    assert _arinar(tmp_path / "new" / "folder" / "a", data, vae, steps=1).finished

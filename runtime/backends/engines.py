@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from arinar.files import check_regular, parse_json
+from arinar.reading import check_regular, parse_json
 
 from ..bundle import Bundle, BundleError, file_sha256
 

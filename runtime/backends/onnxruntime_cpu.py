@@ -46,7 +46,7 @@ class OnnxRuntimeCpu(CpuBackend):
         try:
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own, undocumented types
-            raise BundleError(f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {error}") from error
+            raise self._bundle.fault(f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {error}") from error
 
     def _call(self, loaded: Any, graph: GraphInfo, inputs: Buffers, outputs: list[str]) -> list[Array]:
         return list(loaded.run(outputs, dict(inputs)))
