@@ -71,10 +71,16 @@ def _inspect_bundle(path: Path, as_json: bool, verify: bool) -> None:
     for precision, graphs in manifest.graphs.items():
         click.echo(f"{precision}:")
         for graph in graphs.values():
-            click.echo(f"  {graph.name}  (opset {graph.opset}, largest error against PyTorch {graph.max_abs_err:.2g})")
+            click.echo(f"  {graph.name}  (opset {graph.opset}, {_error(graph)})")
             for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
                 for tensor in _without_caches(tensors):
                     click.echo(f"    {arrow} {tensor}")
+
+
+def _error(graph: Any) -> str:
+    if graph.max_abs_err is None:
+        return "not compared with PyTorch"
+    return f"largest error against PyTorch {graph.max_abs_err:.2g}"
 
 
 def _without_caches(tensors: Any) -> list[str]:

@@ -25,8 +25,21 @@ from .group import main
 @click.option("--batch-size", type=click.IntRange(min=1))
 @click.option("--learning-rate", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--accept-reconstruction", is_flag=True, help="Train a model even where the autoencoder reconstructs the images badly."
+)
 @click.option("--device", help="torch device, e.g. cuda. [default: cuda where there is one]")
-def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: int, device: str | None, **given: Any) -> None:
+def train(
+    what: str,
+    config: str,
+    data: str,
+    vae: str | None,
+    out: Path,
+    seed: int,
+    accept_reconstruction: bool,
+    device: str | None,
+    **given: Any,
+) -> None:
     """Train a model (or with VAE as the first argument, its autoencoder), starting or resuming.
 
     Ctrl-C saves the training's state beside the checkpoint; the same command goes on from there, and ends with the
@@ -49,9 +62,9 @@ def train(what: str, config: str, data: str, vae: str | None, out: Path, seed: i
             raise ValueError(f"{config} is not a {what} config: {error}") from error
     arguments = without_none(given) | {"config": chosen, "data": data, "seed": seed, "device": device}
     if what == "model":
-        arguments["vae"] = vae
-    elif vae is not None:
-        raise click.UsageError("--vae is for training a model")
+        arguments |= {"vae": vae, "accept_reconstruction": accept_reconstruction}
+    elif vae is not None or accept_reconstruction:
+        raise click.UsageError("--vae and --accept-reconstruction are for training a model")
     result = (training.train_vae if what == "vae" else training.train_arinar)(out, **arguments)
     if not result.finished:
         say(f"interrupted after {result.step} steps; the same command resumes")
