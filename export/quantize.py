@@ -79,8 +79,8 @@ class Calibration:
             if info is None or info.sha256 != digest:
                 have = "no such file" if info is None else f"SHA-256 {info.sha256[:12]}..."
                 raise ExportError(
-                    f"{self.path} was calibrated on another model: it says {name} is {digest[:12]}..., the bundle has "
-                    f"{have}. Calibrate this bundle: `arinar calibrate {bundle.folder} --out {self.path.name}`"
+                    f"{self.path} was calibrated on another model: it says {shown(name)} is {shown(digest[:12])}, the bundle "
+                    f"has {have}. Calibrate this bundle: `arinar calibrate {bundle.folder} --out {self.path.name}`"
                 )
 
     def _damaged(self, what: str, error: Exception) -> ExportError:
