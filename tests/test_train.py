@@ -344,6 +344,7 @@ def test_demo_recipes_start_from_their_names(tmp_path: Path, vae: AutoencoderKL)
         augmented_copies=0,
         judged_samples=10,
         eval_every=5,
+        accept_reconstruction=True,
         progress=False,
         device="cpu",
     )
