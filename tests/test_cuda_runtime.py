@@ -658,7 +658,10 @@ def test_a_silent_fallback_to_the_cpu_is_refused(digits: Path, runtime: FakeCuda
         with pytest.raises(BundleError, match=r"would run graph 'outer_step' on CPUExecutionProvider, not on the GPU.*cuDNN"):
             gpu(digits, runtime, "onnxruntime-cuda").generate(LABELS)
     ort.get_available_providers = lambda: ["CPUExecutionProvider"]
-    with pytest.raises(BundleError, match=r"has no CUDA provider \(only CPUExecutionProvider\).*arinar\[gpu\]"):
+    with pytest.raises(
+        BundleError,
+        match=r"has no CUDA provider \(only CPUExecutionProvider\).*pip install 'onnxruntime-gpu\[cuda,cudnn\]' cuda-bindings",
+    ):
         gpu(digits, runtime, "onnxruntime-cuda")
 
 
