@@ -18,7 +18,8 @@ package_dir = {
     "arinar.cli": "cli",
 }
 
-ONNXRUNTIME = "onnxruntime>=1.23"  # the first whose CPU kernels include Attention
+# 1.23 is the first whose CPU kernels include Attention, 1.24.4 the first that keeps external data inside the folder.
+ONNXRUNTIME = "onnxruntime>=1.24.4"
 EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
 DEMO = ["scikit-learn>=1.4"]
 
@@ -38,7 +39,7 @@ setup(
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],
-        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.23", "cuda-bindings>=12.6"],
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.24.4", "cuda-bindings>=12.6"],
         "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6"],
         "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6"],
         # What trains and exports.

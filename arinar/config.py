@@ -249,7 +249,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "mlp_ratio": (1e-3, 64),
     "inner_mlp_ratio": (1e-3, 64),
     "norm_eps": (0, 1),
-    "default_guidance_scale": (0, 1e6),
+    "default_guidance_scale": (1, 1e6),
     "default_temperature": (1e-6, 1e6),
 }
 _VAE_INTEGERS: dict[str, tuple[int, int]] = {

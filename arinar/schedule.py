@@ -66,6 +66,6 @@ def guidance_at(step: Step, seq_len: int, guidance_scale: Scale, cfg_schedule: s
 
 def check_cfg_schedule(cfg_schedule: str) -> str:
     """Raise ValueError for an unknown schedule."""
-    if cfg_schedule not in CFG_SCHEDULES:
+    if not isinstance(cfg_schedule, str) or cfg_schedule not in CFG_SCHEDULES:
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}")
     return cfg_schedule

@@ -30,3 +30,8 @@ def _escaped(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return character.encode("unicode_escape").decode()
     return character
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs what an extra of the package names: from a checkout, as no index has the package."""
+    return f"`pip install '.[{extra}]'` in a checkout of arinar"

@@ -107,7 +107,7 @@ class WatchingBackend(OnnxRuntimeCpu):
         self.peaks: dict[str, Peak] = {}
 
     def _load(self, graph: GraphInfo, threads: int) -> Any:
-        model, made = watched(onnx.load(self._bundle.path(graph.file)))
+        model, made = watched(onnx.load(self._bundle.graph_path(graph)))
         options = self._options(graph, threads)
         session = self._ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return session, made

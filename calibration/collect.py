@@ -130,7 +130,7 @@ class RecordingBackend(OnnxRuntimeCpu):
         # Slot, the sample, and which rows of the launches it is made of.
         self._pending: tuple[int, StepSample, Array] | None = None
         for name in layer_graphs(self._graphs):
-            graph = self._parsed[name] = Graph.load(bundle.path(self._graphs[name].file))
+            graph = self._parsed[name] = Graph.load(bundle.graph_path(self._graphs[name]))
             tensors = self._ready(self._graphs[name], self.threads)[1]
             _agree(f"tensors of {name}", recording.tensors.setdefault(name, tensors), tensors)
             maxima = recording.maxima.setdefault(name, np.zeros((len(tensors), num_steps)))

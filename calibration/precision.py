@@ -72,7 +72,7 @@ class Evaluator:
     def __init__(self, bundle: Bundle, recording: Recording, threads: int | None = None) -> None:
         self.bundle, self.config, self.threads = bundle, bundle.manifest.config, threads
         self.infos = bundle.manifest.precision_graphs("fp32")
-        self.graphs = {n: Graph.load(bundle.path(self.infos[n].file)) for n in layer_graphs(self.infos)}
+        self.graphs = {n: Graph.load(bundle.graph_path(self.infos[n])) for n in layer_graphs(self.infos)}
         self.layers: dict[str, Layer] = {}
         for graph in self.graphs.values():
             self.layers |= graph.layers

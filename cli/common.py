@@ -89,7 +89,8 @@ SAMPLING = Options(
 
 RUNTIME = Options(
     click.option(
-        "--backend", help="Execution backend, e.g. onnxruntime-cpu or tensorrt (a wrong name lists all). [default: the best]"
+        "--backend",
+        help="Execution backend, e.g. onnxruntime-cpu or tensorrt-rtx (a wrong name lists all). [default: the best]",
     ),
     click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]"),

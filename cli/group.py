@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from arinar import __version__
-from arinar.text import printable
+from arinar.text import install_hint, printable
 
 # What to install when a package of a room is missing.
 INSTALL_HINTS = {
@@ -45,7 +45,7 @@ class ArinarGroup(click.Group):
             extra = INSTALL_HINTS.get((error.name or "").split(".")[0])
             if extra is None:
                 raise
-            fail(f"this command needs the package {error.name!r}: pip install 'arinar[{extra}]'", BAD_INPUT)
+            fail(f"this command needs the package {error.name!r}: {install_hint(extra)} installs it", BAD_INPUT)
         except (ValueError, OSError, ImportError) as error:
             fail(str(error), BAD_INPUT)
         except RecursionError:

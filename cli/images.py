@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from arinar.judge import Judgement
 
 
+#: Files of one run, all in one folder, each with its settings in memory.
+MOST_IMAGES = 1_000_000
+#: Images of the demo, all generated at one time, and shown in one picture.
+MOST_DEMO_IMAGES = 100
+
+
 @main.command()
 @click.option(
     "--model",
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Folder for the bundle and the pictures.",
 )
-@click.option("--per-class", type=click.IntRange(min=1), default=10, show_default=True, help="Images per digit.")
+@click.option("--per-class", type=click.IntRange(1, MOST_DEMO_IMAGES), default=10, show_default=True, help="Images per digit.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> None:
@@ -151,6 +157,12 @@ def generate(
     from tqdm import tqdm
 
     from arinar.files import check_folder
+
+    if len(labels) * per_label > MOST_IMAGES:
+        raise ValueError(
+            f"{len(labels)} labels with {per_label} images each (--per-label) are more than {MOST_IMAGES:,} files in one "
+            f"folder; make them in several runs, with --seed and -o of their own"
+        )
     from arinar.runtime.images import contact_sheet, save_png
     from arinar.runtime.worklist import Worklist
 

@@ -69,12 +69,16 @@ def _inspect_bundle(path: Path, as_json: bool, verify: bool) -> None:
     for precision, graphs in manifest.graphs.items():
         click.echo(printable(f"{precision}:"))
         for graph in graphs.values():
-            name = printable(graph.name, 90)
-            error = "unknown" if graph.max_abs_err is None else f"{graph.max_abs_err:.2g}"
-            click.echo(f"  {name}  (opset {graph.opset}, largest error against PyTorch {error})")
+            click.echo(f"  {printable(graph.name, 90)}  (opset {graph.opset}, {_error(graph)})")
             for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
                 for tensor in _without_caches(tensors):
                     click.echo(f"    {arrow} {printable(tensor, 200)}")
+
+
+def _error(graph: Any) -> str:
+    if graph.max_abs_err is None:
+        return "not compared with PyTorch"
+    return f"largest error against PyTorch {graph.max_abs_err:.2g}"
 
 
 def _without_caches(tensors: Any) -> list[str]:

@@ -24,6 +24,9 @@ from .group import main
 @click.option("--batch-size", type=click.IntRange(min=1))
 @click.option("--learning-rate", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--accept-reconstruction", is_flag=True, help="Train a model even where the autoencoder reconstructs the images badly."
+)
 @click.option("--device", help="torch device, e.g. cuda. [default: cuda where there is one]")
 @click.option("--overwrite", is_flag=True, help="Train anew where the checkpoint is there already.")
 def train(
@@ -33,6 +36,7 @@ def train(
     vae: str | None,
     out: Path,
     seed: int,
+    accept_reconstruction: bool,
     device: str | None,
     overwrite: bool,
     **given: Any,
@@ -62,9 +66,9 @@ def train(
         "overwrite": overwrite,
     }
     if what == "model":
-        arguments["vae"] = vae
-    elif vae is not None:
-        raise click.UsageError("--vae is for training a model")
+        arguments |= {"vae": vae, "accept_reconstruction": accept_reconstruction}
+    elif vae is not None or accept_reconstruction:
+        raise click.UsageError("--vae and --accept-reconstruction are for training a model")
     result = (training.train_vae if what == "vae" else training.train_arinar)(out, **arguments)
     if not result.finished:
         say(f"interrupted after {result.step} steps; the same command resumes")

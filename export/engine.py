@@ -42,6 +42,7 @@ from arinar.runtime.backends.engines import (
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, file_sha256
 from arinar.runtime.loop import DECODE_PIXELS
 from arinar.schedule import mask_counts
+from arinar.text import install_hint
 
 from .builder import Progress, run_child
 
@@ -50,7 +51,7 @@ DEFAULT_TIMEOUT = 3600.0
 
 INSTALL_HINTS = {
     "tensorrt": "`pip install tensorrt --extra-index-url https://pypi.nvidia.com` (NVIDIA's index holds its libraries)",
-    "tensorrt_rtx": "`pip install arinar[tensorrt-rtx]`",
+    "tensorrt_rtx": install_hint("tensorrt-rtx"),
 }
 
 
@@ -391,7 +392,7 @@ def _job(bundle: Bundle, graph: GraphInfo, info: EngineInfo, cache: Path | None)
     return {
         "what": "build",
         "module": info.module,
-        "onnx": str(bundle.path(graph.file)),
+        "onnx": str(bundle.graph_path(graph)),
         "profiles": info.profiles,
         "targets": list(info.compute_capability),
         "flags": info.flags,

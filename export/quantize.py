@@ -23,6 +23,7 @@ from arinar.model import Arinar
 from arinar.reading import read_json
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
+from arinar.runtime.values import entry, items, mapping, number, shown, text
 from arinar.schemes import QUANTIZED, SCHEMES
 from arinar.vae import AutoencoderKL
 
@@ -52,19 +53,25 @@ class Calibration:
         """Raises ExportError for what is not a calibration file of this version."""
         path = Path(path)
         try:
-            data = read_json(path)
-            if data["kind"] != CALIBRATION_KIND:
-                raise KeyError("kind")
-            version = data["format_version"]
-            made = cls(path, dict(data["settings"]["model"]), dict(data["layers"]), dict(data["maps"]))
+            data = mapping("it", read_json(path))
+            if data.get("kind") != CALIBRATION_KIND:
+                raise ValueError(f"its kind is {shown(data.get('kind'))}; expected {CALIBRATION_KIND!r}")
+            version = entry("it", data, "format_version")
+            model = mapping("settings.model", entry("settings", data.get("settings"), "model"))
+            layers, maps = (mapping(name, entry("it", data, name)) for name in ("layers", "maps"))
+            made = cls(
+                path, {name: text(f"settings.model[{shown(name)}]", digest) for name, digest in model.items()}, layers, maps
+            )
             if not made.model:
-                raise KeyError("settings.model")
+                raise ValueError("settings.model has no entries")
         except OSError as error:
             raise ExportError(f"{path} cannot be read ({error.strerror or error}); `arinar calibrate` writes one") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ExportError(f"{path} is not a calibration file ({error!r}); `arinar calibrate` writes one") from error
-        if version != CALIBRATION_VERSION:
-            raise ExportError(f"{path} has format version {version}; this version reads {CALIBRATION_VERSION}: calibrate again")
+        except ValueError as error:
+            raise ExportError(f"{path} is not a calibration file ({error}); `arinar calibrate` writes one") from error
+        if isinstance(version, bool) or version != CALIBRATION_VERSION:
+            raise ExportError(
+                f"{path} has format version {shown(version)}; this version reads {CALIBRATION_VERSION}: calibrate again"
+            )
         return made
 
     def check(self, bundle: Bundle) -> None:
@@ -74,25 +81,30 @@ class Calibration:
             if info is None or info.sha256 != digest:
                 have = "no such file" if info is None else f"SHA-256 {info.sha256[:12]}..."
                 raise ExportError(
-                    f"{self.path} was calibrated on another model: it says {name} is {digest[:12]}..., the bundle has "
-                    f"{have}. Calibrate this bundle: `arinar calibrate {bundle.folder} --out {self.path.name}`"
+                    f"{self.path} was calibrated on another model: it says {shown(name)} is {shown(digest[:12])}, the bundle "
+                    f"has {have}. Calibrate this bundle: `arinar calibrate {bundle.folder} --out {self.path.name}`"
                 )
 
     def _damaged(self, what: str, error: Exception) -> ExportError:
-        return ExportError(f"{self.path}: {what} is damaged ({error!r}); calibrate again")
+        return ExportError(f"{self.path}: {what} is damaged ({error}); calibrate again")
 
-    def plan(self, layer: Layer, scheme: str, entry: Mapping[str, Any]) -> LayerPlan:
+    def plan(self, layer: Layer, scheme: str, said: Any) -> LayerPlan:
         """Raises ExportError naming the layer where what the file says of it cannot be used."""
         try:
             smooth = None
-            if "smooth_alpha" in entry:
-                channels = np.array(self.layers[layer.name]["absmax_per_channel"], np.float64)
+            given = mapping("it", said)
+            if "smooth_alpha" in given:
+                seen = items("absmax_per_channel", entry(layer.name, self.layers.get(layer.name), "absmax_per_channel"))
+                channels = np.array([number("absmax_per_channel", value, 0) for value in seen])
                 if channels.shape != layer.weight.shape[:1]:
                     raise ValueError(f"absmax_per_channel has shape {channels.shape}; expected {layer.weight.shape[:1]}")
-                smooth = smooth_scale(channels, layer.weight, float(entry["smooth_alpha"]))
-            absmax = entry.get("absmax")
-            return LayerPlan(scheme, None if absmax is None else float(absmax), smooth)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+                alpha = number("smooth_alpha", given["smooth_alpha"], 0)
+                if alpha > 1:
+                    raise ValueError(f"smooth_alpha is {alpha}; expected 0 to 1")
+                smooth = smooth_scale(channels, layer.weight, alpha)
+            absmax = given.get("absmax")
+            return LayerPlan(scheme, None if absmax is None else number("absmax", absmax, 0), smooth)
+        except ValueError as error:
             raise self._damaged(f"the entry of layer {layer.name}", error) from error
 
     def plans(self, scheme: str, layers: Mapping[str, Layer]) -> dict[str, LayerPlan]:
@@ -103,13 +115,13 @@ class Calibration:
                 f"`arinar calibrate --precision {scheme}` makes one"
             )
         try:
-            chosen = dict(self.maps[scheme]["quantized"])
-        except (KeyError, TypeError, ValueError) as error:
+            chosen = mapping("quantized", entry("it", self.maps[scheme], "quantized"))
+        except ValueError as error:
             raise self._damaged(f"the map for {scheme}", error) from error
         unknown = sorted(set(chosen) - set(layers))
         if unknown:
-            raise ExportError(f"{self.path} names layers that the bundle does not have: {', '.join(unknown)}")
-        return {name: self.plan(layers[name], scheme, entry) for name, entry in chosen.items()}
+            raise ExportError(f"{self.path} names layers that the bundle does not have: {shown(unknown, 200)}; calibrate again")
+        return {name: self.plan(layers[name], scheme, said) for name, said in chosen.items()}
 
 
 def default_plans(
@@ -167,7 +179,7 @@ def quantize_bundle(
     _check_free(opened, variant, overwrite)
     check_bundle_folder(folder)
     opened.verify(sorted({file for info in infos.values() for file in info.files}))
-    graphs = {n: Graph.load(opened.path(infos[n].file)) for n in layer_graphs(infos)}
+    graphs = {n: Graph.load(opened.graph_path(infos[n])) for n in layer_graphs(infos)}
     layers = {key: layer for graph in graphs.values() for key, layer in graph.layers.items()}
     used: Calibration | None = None
     if plans is None:
@@ -241,7 +253,7 @@ def _write(
         for name, names in head.COMPOSED.items():
             for part in names:
                 if part not in parts:  # it has no layers, and is not written again
-                    same = Graph.load(bundle.path(infos[part].file))
+                    same = Graph.load(bundle.graph_path(infos[part]))
                     pool_weights(same.model, same.folder, store)
                     parts[part] = same.model
             models[name] = head.compose(name, parts, config)
@@ -267,7 +279,7 @@ def _validate(bundle: Bundle, paths: Mapping[str, Path], folder: Path) -> dict[s
             for form in forms:
                 onnx.checker.check_model(str(form), full_check=True)
             feed = example_feed(bundle, info)
-            have, want = _run(forms[-1], info, feed), _run(bundle.path(info.file), info, feed)
+            have, want = _run(forms[-1], info, feed), _run(bundle.graph_path(info), info, feed)
         except ExportError:
             raise
         except Exception as error:  # the checker and ONNX Runtime have exception types of their own
@@ -330,7 +342,7 @@ def variant_bytes(bundle: Bundle, precision: str, names: Iterable[str] | None = 
     for name, info in infos.items():
         if info.convolutional or info.draws == "chain" or (names is not None and name not in names):
             continue
-        model = onnx.load(bundle.path(info.file), load_external_data=False)
+        model = onnx.load(bundle.graph_path(info), load_external_data=False)
         for tensor in model.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 entries = {entry.key: entry.value for entry in tensor.external_data}

@@ -13,7 +13,8 @@ from typing import Any
 from arinar.reading import read_json
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
-from arinar.runtime.request import check_number
+from arinar.runtime.request import MOST_AT_A_TIME
+from arinar.runtime.values import entry, integer, items, mapping, number, text
 from arinar.schemes import SCHEMES
 
 from .cost import Cost, image_cost
@@ -50,7 +51,7 @@ def bench(
     asked = [pipeline.resolve([0], guidance_scale=guidance_scale, num_iter=n) for n in (num_iters or (None,))]
     scale, iters = float(asked[0].guidance_scale[0]), [sampling.num_iter for sampling in asked]
     for batch in batches:
-        check_number("batch", batch, 1)
+        integer("batch", batch, 1, MOST_AT_A_TIME)
     settings = list(dict.fromkeys((batch, num_iter) for batch in batches for num_iter in iters))
     say("cold start in a fresh process")
     told = pipeline.backend.describe()
@@ -274,13 +275,29 @@ def read_report(path: Path) -> dict[str, Any]:
     except ValueError as error:  # neither text nor JSON
         raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
     try:
-        rows = [row["batch"] >= 1 and row["num_iter"] >= 1 and row["s_per_image"] > 0 for row in report["results"]]
-        whole = bool(report["machine"]["cpu"]) and len(rows) > 0 and all(rows)
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is not a report of `arinar bench`: {remedy}")
-    return dict(report)
+        return _checked(report)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a report of `arinar bench` ({error}): {remedy}") from error
+
+
+def _checked(report: Any) -> dict[str, Any]:
+    """A report with what `compare` takes of it. Raises ValueError naming the first entry that is missing or wrong."""
+    report = mapping("it", report)
+    rows = items("results", entry("it", report, "results"))
+    for place, row in enumerate(rows):
+        for name in ("batch", "num_iter"):
+            integer(f"results[{place}].{name}", entry(f"results[{place}]", row, name), 1)
+        number(f"results[{place}].s_per_image", entry(f"results[{place}]", row, "s_per_image"), 0, strict=True)
+    if not rows:
+        raise ValueError("results has no entries")
+    where = mapping("machine", entry("it", report, "machine"))
+    text("machine.cpu", entry("machine", where, "cpu"))
+    for name in ("bundle", "precision", "backend"):
+        text(name, report.get(name, "?"))
+    text("machine.date", where.get("date", "?"))
+    integer("machine.cores", where.get("cores", 1), 1)
+    number("guidance_scale", report.get("guidance_scale", 1))
+    return report
 
 
 __all__ = [

@@ -14,9 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig, check_integer, check_number
+from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig
 from arinar.reading import MAX_JSON, parse_json
+from arinar.schedule import check_cfg_schedule
 from arinar.schemes import SCHEMES
+
+from .values import MOST_BYTES, conforming, entry, integer, items, mapping, number, shown, text, truth
+from .wire import external_locations
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
 FORMAT_VERSION = 2
@@ -27,6 +31,12 @@ MANIFEST_NAME = "manifest.json"
 PHASES = ("outer", "head", "decode", "encode")
 #: Whether a graph ends in a draw: not at all, one number, or one after another until the token is whole.
 DRAWS = ("none", "one", "chain")
+#: NumPy's names of the types that graphs' tensors have.
+DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+#: Letters of a file's name, which file systems take.
+MOST_LETTERS = 255
+#: Letters of a reason in a message: the config's own may quote a value of any length.
+MOST_REASON = 300
 
 
 class BundleError(ValueError):
@@ -45,9 +55,14 @@ class TensorInfo:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TensorInfo:
-        axes = [axis if isinstance(axis, str) else check_integer("an axis", axis, 0, 1 << 31) for axis in data["shape"]]
-        return cls(str(data["name"]), str(data["dtype"]), tuple(axes))
+    def from_dict(cls, data: Any, where: str = "tensor") -> TensorInfo:
+        """Raises ValueError; ``where`` names what is read."""
+        dtype = text(f"{where}.dtype", entry(where, data, "dtype"))
+        if dtype not in DTYPES:
+            raise ValueError(f"{where}.dtype is {shown(dtype)}; expected one of {', '.join(DTYPES)}")
+        axes = items(f"{where}.shape", entry(where, data, "shape"))
+        shape = tuple(axis if isinstance(axis, str) else integer(f"{where}.shape", axis) for axis in axes)
+        return cls(text(f"{where}.name", entry(where, data, "name")), dtype, shape)
 
 
 class GraphKind:
@@ -93,7 +108,7 @@ class GraphInfo(GraphKind):
     def __post_init__(self) -> None:
         for name, value, known in (("phase", self.phase, PHASES), ("draws", self.draws, DRAWS)):
             if value not in known:
-                raise ValueError(f"{name} of graph {self.name!r} is {value!r}; expected one of {', '.join(known)}")
+                raise ValueError(f"{name} of graph {self.name!r} is {shown(value)}; expected one of {', '.join(known)}")
 
     @property
     def cached(self) -> bool:
@@ -121,20 +136,29 @@ class GraphInfo(GraphKind):
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> GraphInfo:
-        error = data.get("max_abs_err")
+    def from_dict(cls, data: Any, where: str = "graph") -> GraphInfo:
+        """Raises ValueError; ``where`` names what is read."""
+
+        def of(key: str) -> Any:
+            return entry(where, data, key)
+
+        def tensors(key: str) -> tuple[TensorInfo, ...]:
+            found = items(f"{where}.{key}", of(key))
+            return tuple(TensorInfo.from_dict(item, f"{where}.{key}[{place}]") for place, item in enumerate(found))
+
+        error, cpu_file = mapping(where, data).get("max_abs_err"), mapping(where, data).get("cpu_file")
         return cls(
-            name=str(data["name"]),
-            file=str(data["file"]),
-            opset=check_integer("opset", data["opset"], 1, 1000),
-            inputs=tuple(TensorInfo.from_dict(item) for item in data["inputs"]),
-            outputs=tuple(TensorInfo.from_dict(item) for item in data["outputs"]),
-            phase=str(data["phase"]),
-            draws=str(data["draws"]),
-            small=bool(data["small"]),
-            weights=tuple(str(item) for item in data["weights"]),
-            max_abs_err=None if error is None else check_number("max_abs_err", error, 0, 1e30),
-            cpu_file=None if data.get("cpu_file") is None else str(data["cpu_file"]),
+            name=text(f"{where}.name", of("name")),
+            file=text(f"{where}.file", of("file")),
+            opset=integer(f"{where}.opset", of("opset"), 1, 1000),
+            inputs=tensors("inputs"),
+            outputs=tensors("outputs"),
+            phase=text(f"{where}.phase", of("phase")),
+            draws=text(f"{where}.draws", of("draws")),
+            small=truth(f"{where}.small", of("small")),
+            weights=tuple(text(f"{where}.weights", item) for item in items(f"{where}.weights", of("weights"))),
+            max_abs_err=None if error is None else number(f"{where}.max_abs_err", error, 0),
+            cpu_file=None if cpu_file is None else text(f"{where}.cpu_file", cpu_file),
         )
 
 
@@ -146,8 +170,10 @@ class FileInfo:
     sha256: str
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FileInfo:
-        return cls(check_integer("size", data["size"], 0, 1 << 62), str(data["sha256"]))
+    def from_dict(cls, data: Any, where: str) -> FileInfo:
+        """Raises ValueError; ``where`` names what is read."""
+        size = integer(f"{where}.size", entry(where, data, "size"), 0, MOST_BYTES)
+        return cls(size, text(f"{where}.sha256", entry(where, data, "sha256")))
 
 
 @dataclass(frozen=True)
@@ -159,17 +185,22 @@ class Defaults:
     cfg_schedule: str = "linear"
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_integer("num_iter", self.num_iter, 1, MAX_TOKENS)
-        check_number("guidance_scale", self.guidance_scale, 0, 1e6)
-        check_number("temperature", self.temperature, 0, 1e6)
-
     @classmethod
     def of(cls, config: ArinarConfig) -> Defaults:
         """Those that a model's config carries."""
         return cls(
             config.default_num_iter, config.default_guidance_scale, config.default_cfg_schedule, config.default_temperature
         )
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Defaults:
+        """Raises ValueError for a value of the wrong type or range."""
+        made = cls(**conforming(cls, "defaults", data))
+        integer("defaults.num_iter", made.num_iter, 1, MAX_TOKENS)
+        number("defaults.guidance_scale", made.guidance_scale, 1)
+        number("defaults.temperature", made.temperature, 0, strict=True)
+        check_cfg_schedule(made.cfg_schedule)
+        return made
 
 
 @dataclass(frozen=True)
@@ -195,10 +226,9 @@ class Manifest:
 
     def precision_graphs(self, precision: str) -> dict[str, GraphInfo]:
         if precision not in self.graphs:
-            raise BundleError(
-                f"the bundle holds no {precision!r} graphs; it has {', '.join(self.graphs)}. "
-                f"`arinar export --precision {precision}` adds them"
-            )
+            known = precision in SCHEMES
+            add = f"`arinar export CHECKPOINT --precision {precision} -o BUNDLE` adds them" if known else "choose one of those"
+            raise BundleError(f"the bundle holds no {shown(precision)} graphs; it has {', '.join(self.graphs)}: {add}")
         return self.graphs[precision]
 
     def scheme(self, precision: str) -> str:
@@ -230,42 +260,65 @@ class Manifest:
         """Raises BundleError for what is not a manifest, or one of an unknown format version."""
         try:
             data = parse_json(text)
-            version = data["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
+            version = entry("it", data, "format_version")
+        except ValueError as error:
             raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
-        if version not in READABLE_VERSIONS:
+        if isinstance(version, bool) or version not in READABLE_VERSIONS:
             raise BundleError(
-                f"the bundle has format version {version}; this version of arinar reads "
+                f"the bundle has format version {shown(version)}; this version of arinar reads "
                 f"{' and '.join(map(str, READABLE_VERSIONS))}. "
                 f"Install a version of arinar that matches, or export the model again"
             )
         try:
-            if version == 1:
-                data = _from_version_1(data)
-            manifest = cls(
-                config=ArinarConfig.from_dict(data["config"]),
-                graphs={p: {n: GraphInfo.from_dict(g) for n, g in graphs.items()} for p, graphs in data["graphs"].items()},
-                files={
-                    n: FileInfo(check_integer("size", f["size"], 0, 1 << 62), str(f["sha256"]))
-                    for n, f in data["files"].items()
-                },
-                defaults=Defaults(**data["defaults"]),
-                law={str(name): check_integer(name, value, 1, 1 << 20) for name, value in data["law"].items()},
-                schemes={str(name): str(scheme) for name, scheme in data["schemes"].items()},
-                vae=None if data["vae"] is None else VaeConfig.from_dict(data["vae"]),
-                provenance=dict(data["provenance"]),
-                format_version=version,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{MANIFEST_NAME} is damaged ({error!r}); export the model again") from error
-        for name in manifest.files:
-            check_relative(name)
-        for graphs in manifest.graphs.values():
-            for graph in graphs.values():
-                for name in graph.files:
-                    if name not in manifest.files:
-                        raise BundleError(f"graph {graph.name!r} needs {name!r}, which the manifest does not list")
+            manifest = cls._from_dict(_from_version_1(data) if version == 1 else data)
+        except BundleError:
+            raise
+        # (What a version 1 lacks, or the config's own arithmetic cannot take, has not one type.)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            reason = reason if len(reason) <= MOST_REASON else f"{reason[:MOST_REASON]}..."
+            raise BundleError(f"{MANIFEST_NAME} is damaged ({reason}); export the model again") from error
         return manifest
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """Raises ValueError naming the entry that is missing, of a wrong type, or out of range."""
+
+        def of(key: str) -> dict[str, Any]:
+            return mapping(key, entry("it", data, key))
+
+        config = ArinarConfig.from_dict(conforming(ArinarConfig, "config", of("config")))
+        if not 1 <= config.seq_len <= MAX_TOKENS:
+            raise ValueError(f"config makes images of {config.seq_len} tokens; expected 1 to {MAX_TOKENS}")
+        for name in of("files"):
+            check_relative(name)
+        vae = entry("it", data, "vae")
+        manifest = cls(
+            config=config,
+            graphs={precision: _graphs(f"graphs.{precision}", graphs) for precision, graphs in of("graphs").items()},
+            files={name: FileInfo.from_dict(info, f"files[{shown(name)}]") for name, info in of("files").items()},
+            defaults=Defaults.from_dict(of("defaults")),
+            law={name: integer(f"law.{name}", value, 1) for name, value in of("law").items()},
+            schemes={name: text(f"schemes.{name}", scheme) for name, scheme in of("schemes").items()},
+            vae=None if vae is None else VaeConfig.from_dict(conforming(VaeConfig, "vae", vae)),
+            provenance=of("provenance"),
+            format_version=entry("it", data, "format_version"),
+        )
+        if not manifest.graphs:
+            raise ValueError("graphs has no entries; expected a precision's graphs")
+        for graph in (graph for graphs in manifest.graphs.values() for graph in graphs.values()):
+            for name in graph.files:
+                if name not in manifest.files:
+                    raise BundleError(f"graph {shown(graph.name)} needs {shown(name)}, which the manifest does not list")
+        return manifest
+
+
+def _graphs(where: str, data: Any) -> dict[str, GraphInfo]:
+    graphs = {name: GraphInfo.from_dict(graph, f"{where}.{name}") for name, graph in mapping(where, data).items()}
+    for name, graph in graphs.items():
+        if graph.name != name:
+            raise ValueError(f"{where}.{name}.name is {shown(graph.name)}; expected {name!r}")
+    return graphs
 
 
 # Version 1 told what a graph is by its name alone: phase, draws, small.
@@ -305,8 +358,9 @@ def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
 def check_relative(name: str) -> None:
     """Refuse paths that could leave the bundle's folder."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        raise BundleError(f"the manifest names the file {name!r}, which does not lie inside the bundle; do not trust it")
+    plain = name and not any(mark in name for mark in "\\:\0") and max(map(len, path.parts), default=0) <= MOST_LETTERS
+    if not plain or path.is_absolute() or ".." in path.parts:
+        raise BundleError(f"the manifest names the file {shown(name)}, which does not lie inside the bundle; do not trust it")
 
 
 @dataclass(frozen=True)
@@ -331,15 +385,66 @@ class Bundle:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{file} is not text; export the model again") from error
-        return cls(folder, Manifest.from_json(text))
+        bundle = cls(folder, Manifest.from_json(text))
+        bundle.path(MANIFEST_NAME)
+        return bundle
 
     def path(self, name: str) -> Path:
         """Absolute path of a file of the bundle, checked to lie inside it."""
         check_relative(name)
         path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError):  # a link that leads to itself
+            inside = False
+        if not inside:
             raise BundleError(f"{name!r} leads out of the bundle {self.folder}; do not trust it")
         return path
+
+    def graph_path(self, graph: GraphInfo, cpu: bool = False) -> Path:
+        """Absolute path of a graph's file (``cpu``: in the form for ONNX Runtime's CPU kernels, where it has one), for a
+        program that is to read it, which follows what the file says of where weights lie.
+
+        Raises BundleError where that is not among the graph's ``weights``, or is no plain file of this folder's own.
+        """
+        name = graph.cpu_file if cpu and graph.cpu_file else graph.file
+        path = self.path(name)
+        if path.suffix != ".onnx":  # ONNX Runtime tells other formats by their names
+            raise BundleError(f"graph {graph.name!r} is the file {name!r}; expected *.onnx: export the model again")
+        try:
+            locations = external_locations(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror or error}); export the model again") from error
+        except ValueError as error:
+            raise BundleError(f"{path} is no whole ONNX file ({error}); copy the bundle again, or export again") from error
+        for location in sorted(locations):
+            # (An asterisk: ONNX Runtime has names for addresses in memory.)
+            inside = location and not any(mark in location for mark in "*:\\\0") and ".." not in PurePosixPath(location).parts
+            weights = str(PurePosixPath(name).parent / location)
+            if not inside or weights not in graph.weights:
+                known = ", ".join(graph.weights) or "none"
+                raise BundleError(
+                    f"{path} has weights in the file {location!r}; the manifest lists {known} for graph {graph.name!r}: "
+                    f"do not trust the bundle"
+                )
+            self._check_own(weights)
+        return path
+
+    def _check_own(self, name: str) -> None:
+        """Raise BundleError where a file has a name outside the bundle: is a link, lies behind one, or is linked to."""
+        path = self.path(name)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; copy the bundle again, or export the model again")
+        if path.resolve() != self.folder.resolve() / name:
+            raise BundleError(
+                f"{path} is a link, or lies behind one; copy the bundle with its files in place of links (cp -rL)"
+            )
+        status = path.stat()
+        if status.st_nlink > 1:
+            own = [self.folder / other for other in self.manifest.files]
+            links = sum(other.is_file() and other.lstat().st_ino == status.st_ino for other in own)
+            if status.st_nlink > links:
+                raise BundleError(f"{path} has another name outside the bundle (a hard link); copy the bundle (cp -r)")
 
     def verify(self, names: list[str] | None = None, progress: Callable[[str], None] | None = None) -> None:
         """Compare size and hash of files (all, or the named ones). Raises BundleError naming the first bad one."""

@@ -82,8 +82,8 @@ def onnxruntime_distribution() -> str | None:
         if len(set(found.values())) == 1:
             raise BundleError(
                 "onnxruntime and onnxruntime-gpu are both installed; they overwrite each other's files. Uninstall both, "
-                "then install one: `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install arinar[cpu]` or "
-                "`pip install arinar[gpu]`"
+                "then install one: `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install onnxruntime` or "
+                "`pip install 'onnxruntime-gpu[cuda,cudnn]'`"
             )
         path = [os.path.realpath(folder or ".") for folder in sys.path]
         return min(found, key=lambda name: path.index(found[name]) if found[name] in path else len(path))

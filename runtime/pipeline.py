@@ -98,7 +98,7 @@ class Pipeline:
         Parameters
         ----------
         path : the bundle's folder.
-        backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", or None for the best available.
+        backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
         precision : which of the bundle's variants; None means fp32, or the only one.
         inner : "fused" (one graph for all features of a token) or "stepwise" (a graph per feature, KV cache outside).
         verify : compare the size and SHA-256 of the files that will be read with the manifest.

@@ -3,7 +3,6 @@ that the loop sees of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,9 +15,12 @@ from arinar.schedule import Step, check_cfg_schedule, guidance_at, steps
 
 from .bundle import Defaults
 from .noise import Noise, check_seed
+from .values import number, shown
 
 # Images of a micro-batch where the caller does not say: about this many tokens at a time.
 DEFAULT_BATCH_TOKENS = 1024
+#: Images of a micro-batch at most: they are in memory at one time, short batches too, and many more gain nothing.
+MOST_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ class Sampling:
         ids = check_labels(labels, config)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         heat = defaults.temperature if temperature is None else temperature
-        if indices is not None and not isinstance(indices, (Sequence, np.ndarray)):
-            raise ValueError(f"indices is {indices!r}; expected a list of integers, one per label")
+        if isinstance(indices, str) or not (indices is None or isinstance(indices, (Sequence, np.ndarray))):
+            raise ValueError(f"indices is {shown(indices)}; expected a list of integers, one per label")
         if noise is not None and not isinstance(noise, Noise):
-            raise ValueError(f"noise is {type(noise).__name__}; expected a Noise, of len(labels) images")
+            raise ValueError(f"noise is {shown(noise)}; expected a Noise, e.g. of Noise.from_seed, of len(labels) images")
         places = list(range(len(ids))) if indices is None else list(indices)
         if len(places) != len(ids):
             raise ValueError(f"indices has {len(places)} values for {len(ids)} labels; give one per label")
@@ -198,7 +200,10 @@ class Part(NamedTuple):
 
 def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
     """Class ids as (B,) int64. Raises ValueError for none, a wrong type, or one out of range."""
-    ids = np.asarray(labels)
+    try:
+        ids = np.asarray(labels)
+    except (ValueError, OverflowError) as error:  # lists of lists of different lengths
+        raise ValueError(f"labels is {shown(labels)}; expected a list of integer class ids") from error
     if ids.size == 0:
         raise ValueError("labels is empty; give at least one class id")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -208,41 +213,35 @@ def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
     return ids.astype(np.int64)
 
 
-def check_number(name: str, value: Any, least: float, *, strict: bool = False) -> float:
-    bound = f"above {least:g}" if strict else f"at least {least:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number {bound}")
-    if value < least or (strict and value == least):
-        raise ValueError(f"{name} is {value!r}; expected a number {bound}")
-    return float(value)
-
-
 def per_label(name: str, value: Any, count: int, least: float, *, strict: bool = False) -> npt.NDArray[np.float64]:
     """A number, or one for each label, as (count,) float64. Raises ValueError naming the one that is wrong."""
     if isinstance(value, np.ndarray) and value.ndim <= 1:
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
-        return np.full(count, check_number(name, value, least, strict=strict))
+        return np.full(count, number(name, value, least, strict=strict))
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} values for {count} labels; give one number, or one for each label")
-    return np.array([check_number(f"{name}[{row}]", item, least, strict=strict) for row, item in enumerate(value)])
+    return np.array([number(f"{name}[{row}]", item, least, strict=strict) for row, item in enumerate(value)])
 
 
 def check_num_iter(value: Any, default: int, config: ArinarConfig) -> int:
     length = config.seq_len
     if config.outer == "causal":
-        if value not in (None, length):
-            raise ValueError(f"num_iter is {value!r}; a causal model generates one token a step: {length}, or None")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value != length):
+            raise ValueError(f"num_iter is {shown(value)}; a causal model generates one token a step: {length}, or None")
         return length
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= length:
-        raise ValueError(f"num_iter is {value!r}; expected an integer from 1 to {length} (one token a step at most)")
+        raise ValueError(f"num_iter is {shown(value)}; expected an integer from 1 to {length} (one token a step at most)")
     return int(value)
 
 
 def check_batch_size(value: Any, count: int, config: ArinarConfig) -> int:
     if value is None:
         return min(count, max(1, DEFAULT_BATCH_TOKENS // config.seq_len))
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"batch_size is {value!r}; expected an integer of at least 1")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= MOST_AT_A_TIME:
+        raise ValueError(
+            f"batch_size is {shown(value)}; expected an integer from 1 to {MOST_AT_A_TIME} (images in memory at one time; more "
+            f"labels than that are made in several batches)"
+        )
     return int(value)

@@ -17,9 +17,10 @@ pytest.importorskip("onnxruntime")
 from fake_gpu import FakeCudaRuntime, fake_onnxruntime, fake_tensorrt, make_engines
 
 from arinar.runtime import Bundle, BundleError, Pipeline
-from arinar.runtime.backends import BACKENDS, backend_class, backend_options
+from arinar.runtime.backends import ALIASES, BACKENDS, backend_class, backend_options, open_backend
 from arinar.runtime.backends.base import Rows
 from arinar.runtime.backends.cuda import Cuda
+from arinar.runtime.backends.engines import MODULES
 from arinar.runtime.loop import KEPT_STATES
 
 Load = Callable[..., Pipeline]
@@ -233,3 +234,20 @@ def test_closing_a_stream_leaves_the_pipeline_usable(load: Load, bundle: Path) -
         held[3].preview()
     pipeline.generate([2, 9], seed=1, num_iter=6)
     assert len(pipeline.loop._idle) <= KEPT_STATES  # what was held is free, and not kept without end
+
+
+def test_the_name_of_the_builder_is_a_backend_too(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`arinar build --backend tensorrt-rtx` makes engines that `backend="tensorrt-rtx"` runs: TensorRt, with that library."""
+    asked: list[dict[str, Any]] = []
+
+    class Spy:
+        def __init__(self, bundle: Bundle, precision: str, *, module: str | None = None, cuda: Any = None) -> None:
+            asked.append({"module": module, "cuda": cuda})
+
+    monkeypatch.setattr("arinar.runtime.backends.tensorrt.TensorRt", Spy)
+    open_backend(Bundle.open(bundle), "tensorrt-rtx", "fp32", cuda=1)
+    open_backend(Bundle.open(bundle), "tensorrt", "fp32")
+    assert asked == [{"module": "tensorrt_rtx", "cuda": 1}, {"module": None, "cuda": None}]
+    assert set(MODULES) <= {*BACKENDS, *ALIASES}
+    with pytest.raises(BundleError, match="has no option 'threads'; it has module"):
+        open_backend(Bundle.open(bundle), "tensorrt-rtx", "fp32", threads=2)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arinar.runtime import Bundle, BundleError, Manifest, Pipeline
@@ -103,14 +104,58 @@ def test_graph_file_that_the_manifest_does_not_list(copy: Path) -> None:
 
 
 def test_unknown_precision_backend_and_inner_mode(copy: Path) -> None:
-    with pytest.raises(BundleError, match="holds no 'int4' graphs; it has fp32"):
+    with pytest.raises(BundleError, match="holds no 'int4' graphs; it has fp32.*: choose one of those"):
         Pipeline.load(copy, precision="int4")
-    with pytest.raises(BundleError, match="backend is 'cuda9'; choose one of onnxruntime-cpu"):
+    with pytest.raises(
+        BundleError, match="backend is 'cuda9'; choose one of onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx"
+    ):
         Pipeline.load(copy, backend="cuda9")
     with pytest.raises(ValueError, match="inner is 'both'; choose one of fused, stepwise"):
         Pipeline.load(copy, inner="both")
-    with pytest.raises(ValueError, match="threads is 0"):
-        Pipeline.load(copy, threads=0)
+    for threads in (0, 10**6, 10**400, 1.5, "2", True):
+        with pytest.raises(ValueError, match="threads is .*; expected an integer from 1 to"):
+            Pipeline.load(copy, backend="onnxruntime-cpu", threads=threads)
+
+
+def test_the_remedy_for_a_missing_precision_is_a_command_for_one_that_exists(digits_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(digits_bundle).manifest
+    with pytest.raises(BundleError, match="`arinar export CHECKPOINT --precision fp8 -o BUNDLE` adds them"):
+        manifest.precision_graphs("fp8")
+    with pytest.raises(BundleError, match="no 'fp31' graphs") as caught:
+        manifest.precision_graphs("fp31")
+    assert "arinar export" not in str(caught.value)
+
+
+def test_a_wish_for_a_device_is_not_dropped(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the backend is chosen unasked, preferences of others are left out; a device that is missing is an error."""
+    from arinar.runtime.backends import cuda
+
+    def none() -> None:
+        raise cuda.NoGpuError("this machine has no GPU")
+
+    monkeypatch.setattr(cuda, "load_runtime", none)
+    for wish in ({"device": 0}, {"device": "cuda"}, {"cuda": object()}):
+        with pytest.raises(BundleError, match="asks for a GPU, and none can be used here: this machine has no GPU. Leave"):
+            Pipeline.load(copy, **wish)
+    assert Pipeline.load(copy, cuda_graphs=False, device=None, threads=1).backend.name == "onnxruntime-cpu"
+    with pytest.raises(BundleError, match="backend onnxruntime-cpu has no option 'device'"):
+        Pipeline.load(copy, backend="onnxruntime-cpu", device=0)
+    with pytest.raises(BundleError, match="backend onnxruntime-cpu has no option 'colour'"):
+        Pipeline.load(copy, colour=1)
+
+
+def test_a_graph_that_fails_while_it_runs_is_one_line(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Naming the graph; ONNX Runtime's own log stays silent."""
+    pipeline = Pipeline.load(copy, backend="onnxruntime-cpu", threads=1)
+    empty = {t.name: np.zeros([1 if isinstance(d, str) else d for d in t.shape], t.dtype)
+             for t in pipeline.bundle.manifest.graphs["fp32"]["outer_step"].inputs}  # fmt: skip
+    empty["visible_positions"] = empty["visible_positions"] + 10**6
+    with pytest.raises(
+        RuntimeError, match="graph 'outer_step' did not run in ONNX Runtime: .*; export the model again"
+    ) as caught:
+        pipeline.backend.launch("outer_step", empty, {"z": np.zeros(1, np.float32)})
+    told = capfd.readouterr()
+    assert "\n" not in str(caught.value) and not told.err and not told.out
 
 
 def test_bundle_kinds_mixed_up(copy: Path, causal_bundle: Path) -> None:

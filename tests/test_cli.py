@@ -101,6 +101,13 @@ def test_bad_input_is_one_line_and_exit_code_2(digits_bundle: Path, tmp_path: Pa
     fails(arinar("inspect", tmp_path / "file"), 2, "file")
     fails(arinar("init", "--preset", "gigantic", "-o", tmp_path / "g"), 2, "gigantic", "base")
     fails(arinar("train", "model", "--config", "gigantic", "-o", tmp_path / "g"), 2, "gigantic")
+    fails(arinar("train", "model", "--device", "cuda:99", "-o", tmp_path / "g"), 2, "device is 'cuda:99'", "choose cpu")
+    fails(arinar(*generate, "--labels", "0-9", "--per-label", 10**9), 2, "--per-label", "1,000,000 files in one folder")
+    fails(arinar(*generate, "--labels", "3", "--batch-size", 10**9), 2, "batch_size is 1000000000", "4096")
+    fails(arinar(*generate, "--labels", "3", "--threads", 10**9), 2, "threads is 1000000000")
+    fails(arinar(*generate, "--labels", "3", "--guidance-scale", "1e39"), 2, "guidance_scale is 1e+39", "float32")
+    fails(arinar(*generate, "--labels", "3", "--precision", "fp31"), 2, "no 'fp31' graphs")
+    assert not (tmp_path / "x").exists()  # told before anything is made
 
 
 def test_export_of_a_foreign_checkpoint_without_vae(golden: Path, tmp_path: Path) -> None:

@@ -419,7 +419,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_missing_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(NoGpuError, match=r"cuda-bindings is not installed.*pip install arinar\[tensorrt\]"):
+    with pytest.raises(NoGpuError, match=r"cuda-bindings is not installed.*pip install cuda-bindings"):
         load_runtime()
 
 
@@ -560,7 +560,7 @@ def test_engines_that_do_not_fit_are_refused(bundles: dict[str, Path], tmp_path:
         gpu(path, runtime)
     for name in ("tensorrt", "tensorrt_lean", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BundleError, match=r"no TensorRT library is installed; `pip install arinar\[tensorrt\]`"):
+    with pytest.raises(BundleError, match=r"no TensorRT library is installed; `pip install '.\[tensorrt\]'` in a checkout"):
         gpu(path, runtime)
     with pytest.raises(BundleError, match=r"tensorrt_lean cannot be imported.*pip install tensorrt_lean"):
         gpu(path, runtime, module="tensorrt_lean")
@@ -658,7 +658,10 @@ def test_a_silent_fallback_to_the_cpu_is_refused(digits: Path, runtime: FakeCuda
         with pytest.raises(BundleError, match=r"would run graph 'outer_step' on CPUExecutionProvider, not on the GPU.*cuDNN"):
             gpu(digits, runtime, "onnxruntime-cuda").generate(LABELS)
     ort.get_available_providers = lambda: ["CPUExecutionProvider"]
-    with pytest.raises(BundleError, match=r"has no CUDA provider \(only CPUExecutionProvider\).*arinar\[gpu\]"):
+    with pytest.raises(
+        BundleError,
+        match=r"has no CUDA provider \(only CPUExecutionProvider\).*pip install 'onnxruntime-gpu\[cuda,cudnn\]' cuda-bindings",
+    ):
         gpu(digits, runtime, "onnxruntime-cuda")
 
 

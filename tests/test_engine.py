@@ -422,6 +422,20 @@ def test_finding_engines(bundle: Bundle) -> None:
         find_engines(bundle, ["first", "second"], **machine)
 
 
+def test_sidecars_that_are_links_out_of_the_bundle_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    path = put(bundle, sidecar(onnx_sha256=graph_hash(bundle, "fp16", "first")))
+    assert len(list_engines(bundle)) == 1
+    told = path.with_suffix(".json")
+    told.rename(tmp_path / "outside.json")
+    told.symlink_to(tmp_path / "outside.json")
+    problems: list[str] = []
+    assert not list_engines(bundle, problems)
+    assert len(problems) == 1 and "first.json' leads out of the bundle" in problems[0]
+    told.unlink()
+    told.symlink_to("first.json")  # to itself
+    assert not list_engines(bundle)
+
+
 def test_damaged_engines_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     machine = {"module": "tensorrt", "version": "11.4.0.106", "compute_capability": "9.0", "precision": "fp16"}
     path = put(bundle, sidecar(onnx_sha256=graph_hash(bundle, "fp16", "first")), b"truncated")

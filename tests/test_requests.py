@@ -70,11 +70,35 @@ def test_values_per_label() -> None:
         ({"indices": [0, 1], "noise": Noise.from_seed(0, [0, 1], DIGITS)}, "indices and noise exclude each other"),
         ({"noise": Noise.from_seed(0, [0], DIGITS)}, r"noise.order is int64 \(1, 16\); expected int64 \(2, 16\)"),
         ({"cfg_schedule": "cosine"}, "cfg_schedule is 'cosine'; choose one of linear, constant"),
+        ({"cfg_schedule": ["linear"]}, "cfg_schedule is"),
+        ({"guidance_scale": 10**400}, "guidance_scale is an integer of 1329 bits; expected a finite number at least 1"),
+        ({"guidance_scale": 2 + 1j}, "guidance_scale is .*; expected a finite number"),
+        ({"guidance_scale": 1e39}, "guidance_scale is 1e.39; expected a number at least 1 that float32 can hold"),
+        ({"guidance_scale": "4"}, "guidance_scale is '4'; expected a finite number"),
+        ({"temperature": [np.complex128(1), 1]}, r"temperature\[0\] is"),
+        ({"temperature": 1e-60}, "temperature is 1e-60; expected a number above 0 that float32 can hold"),
+        ({"num_iter": 10**400}, "num_iter is an integer of 1329 bits"),
+        ({"num_iter": "12"}, "num_iter is '12'; expected an integer from 1 to 16"),
+        ({"seed": 10**5000}, "seed is an integer of 16610 bits; expected an integer from 0"),
+        ({"seed": 1.0}, "seed is 1.0; expected an integer"),
+        ({"indices": 5}, "indices is 5; expected a list of integers"),
+        ({"indices": "01"}, "indices is '01'; expected a list of integers"),
+        ({"noise": 3}, "noise is 3; expected a Noise"),
+        ({"batch_size": 10**400}, "batch_size is an integer of 1329 bits; expected an integer from 1 to 4096"),
+        ({"batch_size": 10**6}, "batch_size is 1000000; expected an integer from 1 to 4096 .*several batches"),
+        ({"batch_size": 2.0}, "batch_size is 2.0"),
     ],
+    ids=lambda part: part[:30] if isinstance(part, str) else "",  # some values cannot be written out
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve([3, 1], **arguments)
+
+
+@pytest.mark.parametrize("labels", [[[1], [2, 3]], "3", ["3"], 3, 10**400, [10**400], [3.0], [True], None, [1 + 1j], {1: 2}])
+def test_bad_labels(labels: Any) -> None:
+    with pytest.raises(ValueError, match="labels is"):
+        resolve(labels)
 
 
 def test_micro_batches_hold_guided_images_or_others() -> None:

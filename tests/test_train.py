@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from arinar import train
-from arinar.checkpoint import inspect_checkpoint, load_arinar
+from arinar.checkpoint import inspect_checkpoint, load_arinar, load_vae
 from arinar.config import VAE_PRESETS, ArinarConfig, VaeConfig
 from arinar.data import Augment, Dataset, ImageSet
 from arinar.fit import Optimization, TrainResult, ema_decay, update_ema
@@ -86,6 +86,7 @@ def _arinar(out: Path, data: Dataset, vae: AutoencoderKL, **changes: Any) -> Tra
         "save_every": 2,
         "device": "cpu",
         "progress": False,
+        "accept_reconstruction": True,  # the autoencoder is untrained
     }
     return train_arinar(out, **(settings | changes))
 
@@ -343,6 +344,7 @@ def test_demo_recipes_start_from_their_names(tmp_path: Path, vae: AutoencoderKL)
         augmented_copies=0,
         judged_samples=10,
         eval_every=5,
+        accept_reconstruction=True,
         progress=False,
         device="cpu",
     )
@@ -397,3 +399,31 @@ def test_a_training_checks_first_that_it_can_write(data: Dataset, vae: Autoencod
     with pytest.raises(ValueError, match=r"cannot write .*file/a"):
         _arinar(tmp_path / "file" / "a", data, vae, on_eval=never)
     assert _arinar(tmp_path / "new" / "folder" / "a", data, vae, steps=1).finished
+
+
+def test_pictures_that_the_autoencoder_does_not_know_are_refused_before_training(tmp_path: Path) -> None:
+    """The digits' autoencoder on pictures of another kind: the PSNR is said, and what to do; on digits it is good."""
+    from arinar.data import load_dataset
+    from arinar.demo import demo_vae
+
+    generator = torch.Generator().manual_seed(0)
+    colours = nn.functional.interpolate(torch.rand(40, 3, 4, 4, generator=generator), size=(32, 32), mode="bilinear")
+    images = ImageSet((colours * 255).to(torch.uint8), torch.arange(40) % 2)
+    other = Dataset(images, ImageSet(images.images[:0], images.labels[:0]), ("a", "b"), "colours")
+    with pytest.raises(
+        ValueError, match=r"PSNR of \d+\.\d dB; expected at least 20 dB.*`arinar train vae.*--accept-reconstruction"
+    ):
+        train_arinar(tmp_path / "a", data=other, steps=1, device="cpu", progress=False)
+    assert not list(tmp_path.iterdir())
+    coder = load_vae(demo_vae("digits"))
+    digits = load_dataset("digits", img_size=32)
+    assert train.reconstruction_psnr(coder, digits.train.images) > 30
+    assert train.reconstruction_psnr(coder, images.images) < 12
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", 10**9])
+@pytest.mark.parametrize("what", [train_vae, train_arinar])
+def test_a_device_that_is_not_there_is_told_first(device: Any, what: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device is .*, which PyTorch cannot use here .*; choose cpu") as caught:
+        what(tmp_path / "a", data=tmp_path / "no data", device=device)
+    assert "\n" not in str(caught.value)

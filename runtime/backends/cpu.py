@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,10 +21,13 @@ from arinar.schemes import SCHEMES
 
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import usable_cores
+from ..values import shown
 from .base import Array, Rows, merged
 
 # From so many rows per thread on, threads that find no row for the last round are idle for little of the time.
 MANY_ROWS = 4
+# Each session has as many, and a stack for each.
+MOST_THREADS = 256
 # Sequence positions of one launch at most, so that its activations stay few; many more gain nothing.
 LAUNCH_POSITIONS = 1024
 
@@ -44,8 +48,11 @@ class CpuBackend:
     synchronous = True
 
     def __init__(self, bundle: Bundle, precision: str, *, threads: int | None = None, low_memory: bool = False) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; expected at least 1")
+        most = max(MOST_THREADS, os.cpu_count() or 1)
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
+            raise ValueError(
+                f"threads is {shown(threads)}; expected an integer from 1 to {most} (cores are what makes it faster)"
+            )
         self._bundle = bundle
         self._graphs: dict[str, GraphInfo] = bundle.manifest.precision_graphs(precision)
         config, self._scheme = bundle.manifest.config, SCHEMES[bundle.manifest.scheme(precision)]

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import BundleError
+from ..values import shown
 
 Array = npt.NDArray[Any]
-INSTALL_HINT = "`pip install arinar[tensorrt]` or `pip install cuda-bindings` installs it"
+INSTALL_HINT = "`pip install cuda-bindings` installs it"
 
 
 class NoGpuError(BundleError):
@@ -298,6 +299,8 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         raise NoGpuError("there is a driver but no NVIDIA GPU that this process may use (see CUDA_VISIBLE_DEVICES)")
     if error != codes.cudaSuccess:
         raise NoGpuError(f"the GPUs of this machine cannot be listed: {error_name(runtime, error)}")
+    if isinstance(device, bool) or not isinstance(device, int):
+        raise ValueError(f"device is {shown(device)}; expected the index of a GPU, 0 for the first")
     if not 0 <= device < count:
         raise NoGpuError(f"device is {device}; this machine has GPUs 0..{count - 1}")
     error, properties = runtime.cudaGetDeviceProperties(device)

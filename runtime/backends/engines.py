@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from arinar.reading import check_regular, parse_json
 
 from ..bundle import Bundle, BundleError, file_sha256
+from ..values import MOST_BYTES, conforming, entry, integer, mapping, shown
 
 ENGINES, ENGINE_SUFFIX, SIDECAR_SUFFIX = "engines", ".engine", ".json"
 SIDECAR_VERSION = 1
@@ -91,31 +93,15 @@ class EngineInfo:
     @classmethod
     def from_json(cls, text: str) -> EngineInfo:
         """Raises ValueError for what is not a sidecar of this version."""
-        try:
-            data = parse_json(text)
-            if (found := data["sidecar_version"]) != SIDECAR_VERSION:
-                raise ValueError(f"its sidecar has version {found}; this version of arinar reads {SIDECAR_VERSION}")
-            unknown = set(data) - {f.name for f in fields(cls)}
-            if unknown:
-                raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
-            low, best, high = (int(size) for size in data["batch"])
-            profiles = {}
-            for name, shapes in data["profiles"].items():
-                least, usual, most = (tuple(int(size) for size in shape) for shape in shapes)
-                profiles[str(name)] = (least, usual, most)
-            architectures = tuple(str(item) for item in data["compute_capability"])
-            flags = dict(data["flags"])
-            return cls(
-                **data
-                | {
-                    "batch": (low, best, high),
-                    "profiles": profiles,
-                    "compute_capability": architectures,
-                    "flags": flags,
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not an engine's sidecar ({error!r})") from error
+        data = mapping("the sidecar", parse_json(text))
+        if (found := entry("the sidecar", data, "sidecar_version")) != SIDECAR_VERSION:
+            raise ValueError(f"its sidecar has version {shown(found)}; this version of arinar reads {SIDECAR_VERSION}")
+        size = integer("size", data.get("size", 0), 0, MOST_BYTES)
+        made = cls(**conforming(cls, "the sidecar", data | {"size": 0}) | {"size": size})
+        for name, shapes in made.profiles.items():
+            if len({len(shape) for shape in shapes}) != 1:
+                raise ValueError(f"profiles.{name} has shapes of different ranks")
+        return made
 
 
 @dataclass(frozen=True)
@@ -171,7 +157,8 @@ def list_engines(bundle: Bundle, problems: list[str] | None = None) -> list[Engi
     for sidecar in sorted(folder.glob(f"*/*{SIDECAR_SUFFIX}")) if folder.is_dir() else []:
         path = sidecar.with_suffix(ENGINE_SUFFIX)
         try:
-            bundle.path(path.relative_to(bundle.folder).as_posix())  # links that lead out of the bundle
+            for file in (path, sidecar):  # links that lead out of the bundle
+                bundle.path(file.relative_to(bundle.folder).as_posix())
             check_regular(sidecar)
             info = EngineInfo.from_json(sidecar.read_text(encoding="utf-8"))
             size = path.stat().st_size
@@ -211,7 +198,7 @@ def mismatch(info: EngineInfo, *, module: str, version: str, compute_capability:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]
+    return [int(part) for part in version.split(".") if re.fullmatch("[0-9]{1,18}", part)]
 
 
 def find_engines(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from arinar.text import install_hint
+
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import onnxruntime_distribution
 from .base import Array
@@ -18,7 +20,7 @@ class OnnxRuntimeCpu(CpuBackend):
 
     def __init__(self, bundle: Bundle, precision: str, *, threads: int | None = None, low_memory: bool = False) -> None:
         if onnxruntime_distribution() is None:
-            raise BundleError("ONNX Runtime is not installed; `pip install arinar[cpu]` (or arinar[gpu]) installs it")
+            raise BundleError(f"ONNX Runtime is not installed; {install_hint('cpu')} (for a GPU, '.[gpu]') installs it")
         import onnxruntime
 
         self._ort = onnxruntime
@@ -29,7 +31,7 @@ class OnnxRuntimeCpu(CpuBackend):
 
     def _options(self, graph: GraphInfo, threads: int) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would log of an error is in the exception too
         options.intra_op_num_threads = threads
         if self._scheme.integers:
             keep_products_exact(options)
@@ -42,14 +44,25 @@ class OnnxRuntimeCpu(CpuBackend):
         return options
 
     def _session(self, graph: GraphInfo, options: Any) -> Any:
-        path = self._bundle.path(graph.cpu_file or graph.file)
+        path = self._bundle.graph_path(graph, cpu=True)
         try:
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own, undocumented types
-            raise self._bundle.fault(f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {error}") from error
+            reason = " ".join(str(error).split())
+            raise self._bundle.fault(f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {reason}; export again") from error
 
     def _call(self, loaded: Any, graph: GraphInfo, inputs: Buffers, outputs: list[str]) -> list[Array]:
-        return list(loaded.run(outputs, dict(inputs)))
+        return run_session(loaded, graph.name, outputs, inputs)
+
+
+def run_session(session: Any, graph: str, outputs: list[str], inputs: Buffers) -> list[Array]:
+    """Run a session -> its outputs. Raises RuntimeError, one line naming the graph, for whatever ONNX Runtime raises."""
+    try:
+        return list(session.run(outputs, dict(inputs)))
+    except Exception as error:  # ONNX Runtime raises its own, undocumented types
+        reason = " ".join(str(error).split())
+        remedy = "use a smaller batch size" if "alloc" in reason.lower() else "export the model again"
+        raise RuntimeError(f"graph {graph!r} did not run in ONNX Runtime: {reason}; {remedy}") from error
 
 
 def large_activations(graph: GraphInfo) -> bool:

@@ -28,7 +28,7 @@ from .gpu import Binding, CudaBackend
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL_HINT = (
-    "`pip uninstall onnxruntime`, then `pip install 'arinar[gpu]' 'onnxruntime-gpu[cuda,cudnn]'` installs one that has"
+    "`pip uninstall onnxruntime`, then `pip install 'onnxruntime-gpu[cuda,cudnn]' cuda-bindings` installs one that has"
 )
 
 
@@ -76,6 +76,7 @@ class OnnxRuntimeCuda(CudaBackend):
             "cudnn_conv_algo_search": "HEURISTIC",
         }
         self._run_options = self._ort.RunOptions()
+        self._run_options.log_severity_level = 4  # what it would log of an error is in the exception too
         # No wait at the end of a run: the loop waits once, when it downloads.
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "0" if wait else "1")
 
@@ -85,7 +86,7 @@ class OnnxRuntimeCuda(CudaBackend):
                 self._sessions[name] = self._session(name)
 
     def _session(self, graph: str) -> Any:
-        path = self._bundle.path(self._info(graph).file)
+        path = self._bundle.graph_path(self._info(graph))
         providers = [(PROVIDER, self._provider_options), "CPUExecutionProvider"]
         try:
             # ONNX Runtime prints when it falls back; we raise.
@@ -127,11 +128,11 @@ class OnnxRuntimeCuda(CudaBackend):
             raise self._failure(f"graph {graph!r} did not run in ONNX Runtime", error) from error
 
     def _failure(self, what: str, error: Exception) -> Exception:
-        text = str(error)
+        text = " ".join(str(error).split())
         lower = text.lower()
         if "out of memory" in lower or "failed to allocate memory" in lower or "bfcarena" in lower:
             return GpuMemoryError(f"{what} ({text})")
-        return CudaError(f"{what}: {text}")
+        return CudaError(f"{what}: {text}; export the model again, or use backend onnxruntime-cpu")
 
 
 def load_onnxruntime() -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..wire import message
+
 EXACT_PRODUCTS = "session.x64quantprecision"
 
 
@@ -52,38 +54,16 @@ FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6
 def product_model(weight: npt.NDArray[Any]) -> bytes:
     """An ONNX model a (N, N) -> c (N, N) = a @ weight, for weight (N, N) float32, or int8 (a is uint8 then, c int32).
 
-    Written in protobuf's wire format, which takes a few lines: the runtime does without the onnx package. Messages and
-    field numbers are those of onnx.proto, whose names stand beside them.
+    Messages and field numbers are those of onnx.proto, whose names stand beside them.
     """
     op, (of_a, of_b, of_c) = ("MatMulInteger", (UINT8, INT8, INT32)) if weight.dtype == np.int8 else ("MatMul", 3 * (FLOAT,))
     rows, columns = weight.shape
 
     def tensor(name: str, element: int) -> bytes:
-        shape = _message((1, _message((1, rows))), (1, _message((1, columns))))  # dim { dim_value }
-        return _message((1, name), (2, _message((1, _message((1, element), (2, shape))))))  # name, type { tensor_type }
+        shape = message((1, message((1, rows))), (1, message((1, columns))))  # dim { dim_value }
+        return message((1, name), (2, message((1, message((1, element), (2, shape))))))  # name, type { tensor_type }
 
-    node = _message((1, "a"), (1, "b"), (2, "c"), (4, op))  # input, output, op_type
-    b = _message((1, rows), (1, columns), (2, of_b), (8, "b"), (9, weight.tobytes()))  # dims, data_type, name, raw_data
-    graph = _message((1, node), (2, "product"), (5, b), (11, tensor("a", of_a)), (12, tensor("c", of_c)))
-    return _message((1, 8), (7, graph), (8, _message((2, 17))))  # ir_version, graph, opset_import
-
-
-def _message(*fields: tuple[int, int | str | bytes]) -> bytes:
-    """A protobuf message: fields by number, an integer as it is, text and messages preceded by their length."""
-    parts = []
-    for number, value in fields:
-        if isinstance(value, int):
-            parts.append(_varint(number << 3) + _varint(value))
-        else:
-            data = value.encode() if isinstance(value, str) else value
-            parts.append(_varint(number << 3 | 2) + _varint(len(data)) + data)
-    return b"".join(parts)
-
-
-def _varint(value: int) -> bytes:
-    """A number, seven bits a byte, the lowest first; the top bit says that more follow."""
-    digits = bytearray()
-    while value > 127:
-        digits.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*digits, value])
+    node = message((1, "a"), (1, "b"), (2, "c"), (4, op))  # input, output, op_type
+    b = message((1, rows), (1, columns), (2, of_b), (8, "b"), (9, weight.tobytes()))  # dims, data_type, name, raw_data
+    graph = message((1, node), (2, "product"), (5, b), (11, tensor("a", of_a)), (12, tensor("c", of_c)))
+    return message((1, 8), (7, graph), (8, message((2, 17))))  # ir_version, graph, opset_import

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from arinar.text import install_hint
+
 from ..bundle import Bundle, BundleError
 from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
 from .engines import MODULES, RUNTIME_ONLY, Engine, EngineError, build_command, find_engines, list_engines
@@ -22,9 +24,9 @@ from .gpu import Binding, CudaBackend, check_buffer
 #: Libraries that run engines, best first.
 LIBRARIES = ("tensorrt", "tensorrt_lean", "tensorrt_rtx")
 INSTALL_HINTS = {
-    "tensorrt": "`pip install arinar[tensorrt]` installs it",
+    "tensorrt": f"{install_hint('tensorrt')} installs it",
     "tensorrt_lean": "`pip install tensorrt_lean` installs it",
-    "tensorrt_rtx": "`pip install arinar[tensorrt-rtx]` installs it",
+    "tensorrt_rtx": f"{install_hint('tensorrt-rtx')} installs it",
 }
 #: Phases whose graphs every generation launches; which of the head's it needs depends on its arguments.
 ALWAYS = ("outer", "decode")
