@@ -49,7 +49,8 @@ class OnnxRuntimeCpu(CpuBackend):
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own, undocumented types
             reason = " ".join(str(error).split())
-            raise self._bundle.fault(f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {reason}; export again") from error
+            message = f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {reason}; export again"
+            raise self._bundle.fault(message) from error
 
     def _call(self, loaded: Any, graph: GraphInfo, inputs: Buffers, outputs: list[str]) -> list[Array]:
         return run_session(loaded, graph.name, outputs, inputs)
