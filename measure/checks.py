@@ -80,7 +80,7 @@ QUANTIZED = Thresholds(
 )
 
 _DEMO = "measured on the demo models (digits, digits-causal), with room"
-_DEMO_8 = f"{_DEMO}; other weights bear 8 bits otherwise: there the mean kl and level 4 tell"
+_DEMO_8 = f"{_DEMO}; other weights bear 8 bits otherwise: there the mean kl and level 4 (many images) tell"
 #: Scheme -> where its limits come from, as a report says it.
 ORIGINS = {
     "fp32": "set by what float32's rounding leaves on trained weights, the demo models' among them",
