@@ -80,7 +80,7 @@ QUANTIZED = Thresholds(
 )
 
 _DEMO = "measured on the demo models (digits, digits-causal), with room"
-_DEMO_8 = f"{_DEMO}; other weights bear 8 bits otherwise: there the mean kl and level 4 tell"
+_DEMO_8 = f"{_DEMO}; other weights bear 8 bits otherwise: there the mean kl and level 4 (many images) tell"
 #: Scheme -> where its limits come from, as a report says it.
 ORIGINS = {
     "fp32": "set by what float32's rounding leaves on trained weights, the demo models' among them",
@@ -167,7 +167,9 @@ class Check:
         shown = replace(self, control=control, note=f"{self.note}; float32 against float64 {control:.3g}".lstrip("; "))
         if held or self.limit is None or not (allowed < self.limit if self.at_least else allowed > self.limit):
             return shown
-        return replace(shown, limit=allowed, widened=True, note=f"{shown.note}, limit widened from {self.limit:g}")
+        note = f"{shown.note}, limit widened from {self.limit:g}"
+        note += "" if allowed else ": nothing is left to fail here"
+        return replace(shown, limit=allowed, widened=True, note=note)
 
 
 def most(limit: float, control: float, factor: float = CONTROL_FACTOR) -> float:

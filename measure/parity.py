@@ -563,18 +563,22 @@ class Parting:
         )
         found = [Check("free-running", name, value, limit or None, True, note) for name, value, limit, note in named]
         if control is not None:
-            shares = (control.same_images, float(1 - control.apart.mean()), control.same_picks)
-            ratio = float(np.median(control.psnr))
-            allowed = [*map(least, shares), ratio - 20 * math.log10(CONTROL_FACTOR)]
-            # Images may part as often as that; one that has parted goes its own way, and its picks and PSNR with it.
-            together = least(1 - control.diverged[-1])
-            allowed[2] = min(allowed[2], together)
-            allowed[3] = allowed[3] if together > 0.5 else 0.0
-            found = [
-                check.beside(*pair) for check, pair in zip(found, zip((*shares, ratio), allowed, strict=True), strict=True)
-            ]
+            found = control.beside(found, held)
         steps = {"images within 1 grey level": began, "same picks": over}
         return [check if check.passed else replace(check, step=steps.get(check.name)) for check in found]
+
+    def beside(self, found: Sequence[Check], held: Sequence[str]) -> list[Check]:
+        """Another's checks beside this, the control."""
+        shares = (self.same_images, float(1 - self.apart.mean()), self.same_picks)
+        ratio = float(np.median(self.psnr))
+        allowed = [*map(least, shares), ratio - 20 * math.log10(CONTROL_FACTOR)]
+        # Images may part as often as that; one that has parted goes its own way, and its picks and PSNR with it.
+        together = least(1 - self.diverged[-1])
+        allowed[2] = min(allowed[2], together)
+        allowed[3] = allowed[3] if together > 0.5 else 0.0
+        fixed = (field in held for field in ("same_images", "", "same_picks", "psnr"))
+        given = zip(found, (*shares, ratio), allowed, fixed, strict=True)
+        return [check.beside(value, limit, keep) for check, value, limit, keep in given]
 
 
 def _free_running(report: ParityReport, pipeline: Pipeline, vae: AutoencoderKL, batch: Batch, run: Run) -> Parting | None:

@@ -121,7 +121,7 @@ def _verdict(report: ParityReport) -> str:
         value = f" ({_number(first, first.value)}, {_limit(first)})" if math.isfinite(first.value) else ""
         notes.insert(0, f"first divergence: {report.first_divergence}{value}")
     for number, level in enumerate(LEVELS, 1):
-        if all(check.level != level for check in report.checks) and not any(f"level {number}" in note for note in notes):
+        if all(check.level != level for check in report.checks) and not any(f"level {number}" in n for n in report.notes):
             notes.append(f"level {number} ({TITLES[level][0]}) was not run")
     items = "".join(f"<li>{escaped(note[:1].upper() + note[1:])}.</li>" for note in notes)
     return f"<div class='verdict {state}'><b>{escaped(lead)}</b> {text}{f'<ul>{items}</ul>' if items else ''}</div>"
