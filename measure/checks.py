@@ -163,9 +163,11 @@ class Check:
         return bool(self.value >= self.limit) if self.at_least else bool(self.value <= self.limit)
 
     def beside(self, control: float, allowed: float, held: bool = False) -> Check:
-        """The same beside the control's value, which leaves so wide a limit: the wider one counts, unless ``held``."""
+        """The same beside the control's value, which leaves so wide a limit: that counts where the own one is
+        exceeded, unless ``held``."""
         shown = replace(self, control=control, note=f"{self.note}; float32 against float64 {control:.3g}".lstrip("; "))
-        if held or self.limit is None or not (allowed < self.limit if self.at_least else allowed > self.limit):
+        wider = self.limit is not None and (allowed < self.limit if self.at_least else allowed > self.limit)
+        if held or self.passed or not wider:
             return shown
         note = f"{shown.note}, limit widened from {self.limit:g}"
         note += "" if allowed else ": nothing is left to fail here"

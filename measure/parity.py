@@ -458,8 +458,9 @@ class Curves:
         if control is not None and kind not in held:
             factor = KL_FACTOR if name == "kl" else CONTROL_FACTOR
             limits = [most(limit, control.curves[name][step], factor) for step in range(len(curve))]
-        with np.errstate(over="ignore"):
-            worst = int(np.argmax(np.array(curve) / np.maximum(limits, 1e-30)))  # a limit may be 0
+        beyond = [value / max(allowed, 1e-30) for value, allowed in zip(curve, limits, strict=True)]  # a limit may be 0
+        own = np.array(curve) <= limit
+        worst = int(np.argmax(curve if own.all() else np.where(own, -1.0, beyond)))
         over = next((i for i, value in enumerate(curve) if not value <= limits[i]), None)
         unit = " nats per feature" if name == "kl" else ""
         note = f"worst at step {worst}, mean {np.mean(self.curves[f'{name} mean']):.2g}{unit}"
