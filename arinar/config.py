@@ -14,6 +14,7 @@ from typing import Any
 
 from .reading import parse_json
 from .schedule import check_cfg_schedule
+from .text import shown
 
 #: Tokens of an image: attention takes memory by their square. Blocks of a stack. Longest text of a class name.
 MAX_TOKENS, MAX_DEPTH, MAX_CLASS_NAME = 1 << 16, 1024, 1000
@@ -124,10 +125,10 @@ class ArinarConfig:
         """Types and ranges, then what fits what. Raises ValueError naming the entry."""
         for name, kinds in (("outer", OUTER_KINDS), ("head", HEAD_KINDS)):
             if getattr(self, name) not in kinds:
-                raise ValueError(f"{name} is {_shown(getattr(self, name))}; choose one of {', '.join(kinds)}")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; choose one of {', '.join(kinds)}")
         _settle_numbers(self, _INTEGERS, _NUMBERS)
         self._settle_lists()
-        check_cfg_schedule(self.default_cfg_schedule)
+        check_cfg_schedule(self.default_cfg_schedule, "default_cfg_schedule")
         if self.img_size % (self.vae_stride * self.patch_size):
             raise ValueError(
                 f"img_size {self.img_size} is not a multiple of vae_stride x patch_size ({self.vae_stride} x {self.patch_size})"
@@ -159,7 +160,7 @@ class ArinarConfig:
         names = _listed("class_names", self.class_names, _MAX_CLASSES)
         for name in names:
             if not isinstance(name, str) or len(name) > MAX_CLASS_NAME:
-                raise ValueError(f"class_names holds {_shown(name)}; expected texts of at most {MAX_CLASS_NAME} characters")
+                raise ValueError(f"class_names holds {shown(name)}; expected texts of at most {MAX_CLASS_NAME} characters")
         object.__setattr__(self, "class_names", names)
         for name in ("latent_scale", "latent_shift"):
             value = getattr(self, name)
@@ -270,14 +271,14 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     except TypeError:
         found = None
     if found is None or not low <= found <= high:
-        raise ValueError(f"{name} is {_shown(value)}; expected an integer in {low}..{high}")
+        raise ValueError(f"{name} is {shown(value)}; expected an integer in {low}..{high}")
     return found
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """``value``. Raises ValueError unless it is a finite number (no bool, no text) in low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} is {_shown(value)}; expected a number in {low:g}..{high:g}")
+        raise ValueError(f"{name} is {shown(value)}; expected a number in {low:g}..{high:g}")
     return value
 
 
@@ -291,7 +292,7 @@ def _settle_numbers(config: Any, integers: dict[str, tuple[int, int]], numbers: 
 def _listed(name: str, value: Any, most: int) -> tuple[Any, ...]:
     """A list's values. Raises ValueError for text, for what is no list, and for more than ``most`` values."""
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} is {_shown(value)}; expected a list")
+        raise ValueError(f"{name} is {shown(value)}; expected a list")
     values = tuple(value)
     if len(values) > most:
         raise ValueError(f"{name} has {len(values):,} values; expected at most {most:,}")
@@ -300,15 +301,6 @@ def _listed(name: str, value: Any, most: int) -> tuple[Any, ...]:
 
 def _integers(name: str, value: Any, low: int, high: int, most: int) -> tuple[int, ...]:
     return tuple(check_integer(name, v, low, high) for v in _listed(name, value, most))
-
-
-def _shown(value: Any) -> str:
-    """A value that may be anything, short: numbers of a million digits take for ever as text."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length():,} bits"
-    if isinstance(value, (int, float, str, bool, type(None))):
-        return repr(value[:60] + "..." if isinstance(value, str) and len(value) > 60 else value)
-    return f"a {type(value).__name__}"
 
 
 def check_order(order: tuple[int, ...], seq_len: int) -> None:
@@ -321,9 +313,9 @@ def check_order(order: tuple[int, ...], seq_len: int) -> None:
 
 def _known(cls: type, data: dict[str, Any], what: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{what} is {_shown(data)}; expected an object of named entries")
+        raise ValueError(f"{what} is {shown(data)}; expected an object of named entries")
     names = {f.name for f in fields(cls)}
-    unknown = sorted(_shown(name).strip("'") for name in set(data) - names)
+    unknown = sorted(shown(name).strip("'") for name in set(data) - names)
     if unknown:
         near = {name: get_close_matches(str(name), names, n=1) for name in unknown[:6]}
         listed = ", ".join(f"{name} (nearest: {found[0]})" if found else str(name) for name, found in near.items())

@@ -17,7 +17,8 @@ from torch import Tensor
 from . import versions
 from .checkpoint_files import CheckpointError, bare_name, some
 from .config import ArinarConfig, VaeConfig
-from .versions import FIRST_VERSION_INNER_HEADS, LATER_INNER_HEADS, heads_from_args, shown
+from .text import shown
+from .versions import FIRST_VERSION_INNER_HEADS, LATER_INNER_HEADS, heads_from_args
 
 # Attention heads of the published outer widths (base, large, huge): they leave no trace in the weights.
 PUBLISHED_OUTER_HEADS = {768: 12, 1024: 16, 1280: 16}

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .text import shown
+
 CFG_SCHEDULES = ("linear", "constant")
 
 
@@ -64,8 +66,8 @@ def guidance_at(step: Step, seq_len: int, guidance_scale: Scale, cfg_schedule: s
     return guided
 
 
-def check_cfg_schedule(cfg_schedule: str) -> str:
-    """Raise ValueError for an unknown schedule."""
+def check_cfg_schedule(cfg_schedule: str, name: str = "cfg_schedule") -> str:
+    """Raise ValueError for an unknown schedule; ``name`` is what the value is called."""
     if not isinstance(cfg_schedule, str) or cfg_schedule not in CFG_SCHEDULES:
-        raise ValueError(f"cfg_schedule is {cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}")
+        raise ValueError(f"{name} is {shown(cfg_schedule)}; choose one of {', '.join(CFG_SCHEDULES)}")
     return cfg_schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import unicodedata
 from collections.abc import Sequence
 
@@ -30,6 +31,23 @@ def _escaped(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return character.encode("unicode_escape").decode()
     return character
+
+
+# (Lists within lists, from a pickle, may be endless as text.)
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 60, 80, 80
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as it can be part of a message: short, control characters as escapes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write very long ones out
+    try:
+        text = repr(value[: most + 1]) if isinstance(value, str) else _BRIEF.repr(value)
+    except Exception:  # the value's own, of whatever type
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def install_hint(extra: str) -> str:

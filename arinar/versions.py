@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .schedule import CFG_SCHEDULES
+from .text import shown
 
 #: Heads of the inner attention in the first public versions of the published code, and in the later ones.
 FIRST_VERSION_INNER_HEADS = 4
@@ -33,16 +34,6 @@ _AFTER_NORM_SCALE = ("latent_stats_file", "huggingface_dir", "head_batch_mul", "
 _AFTER_DIVIDING = ("bilevel_schedule", "feature_group", "norm_scale", *_AFTER_NORM_SCALE)
 
 Args = Mapping[str, Any]
-
-
-def shown(value: Any) -> str:
-    """A saved value for a message: plain ones as Python writes them, shortened; of others the type (they may be endless)."""
-    if not isinstance(value, (str, int, float, type(None))):
-        return f"a {type(value).__name__}"
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value[:61] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def heads_from_args(args: Args | None) -> tuple[int | None, str] | None:

@@ -200,13 +200,13 @@ def merge(old: Manifest, new: Manifest) -> Manifest:
         for name, info in others.items():
             if info == replaced.get(name):
                 others[name] = new.graphs[precision][name]
-    # (What the new provenance says of it, it says of all that it knows.)
     quantization = {name: value for name, value in old.provenance.get("quantization", {}).items() if name != precision}
+    quantization |= new.provenance.get("quantization", {})
     folders = {file.rpartition("/")[0] for infos in graphs.values() for info in infos.values() for file in info.files}
     return replace(
         new,
         graphs=graphs,
         files={name: info for name, info in (old.files | new.files).items() if name.rpartition("/")[0] in folders},
         schemes={name: scheme for name, scheme in old.schemes.items() if name != precision} | new.schemes,
-        provenance=old.provenance | {"quantization": quantization} | new.provenance,
+        provenance=old.provenance | new.provenance | {"quantization": quantization},
     )

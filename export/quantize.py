@@ -23,8 +23,9 @@ from arinar.model import Arinar
 from arinar.reading import read_json
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
-from arinar.runtime.values import entry, items, mapping, number, shown, text
+from arinar.runtime.values import entry, items, mapping, number, text
 from arinar.schemes import QUANTIZED, SCHEMES
+from arinar.text import printable, shown
 from arinar.vae import AutoencoderKL
 
 from .bundle import WEIGHTS_NAME, weights_sha256, written
@@ -120,7 +121,8 @@ class Calibration:
             raise self._damaged(f"the map for {scheme}", error) from error
         unknown = sorted(set(chosen) - set(layers))
         if unknown:
-            raise ExportError(f"{self.path} names layers that the bundle does not have: {shown(unknown, 200)}; calibrate again")
+            listed = printable(", ".join(unknown), 200)
+            raise ExportError(f"{self.path} names layers that the bundle does not have: {listed}; calibrate again")
         return {name: self.plan(layers[name], scheme, said) for name, said in chosen.items()}
 
 
@@ -210,13 +212,12 @@ def quantize_bundle(
             _check_free(current, variant, overwrite)
             if current.manifest.graphs.get("fp32") != infos:
                 raise BundleError(f"another command has replaced the fp32 graphs of {folder} meanwhile; run this one again")
-            quantization = dict(current.manifest.provenance.get("quantization", {})) | {variant: origin}
             added = replace(
                 current.manifest,
                 graphs={variant: entries},
                 files=files,
                 schemes={variant: precision},
-                provenance={"quantization": quantization},
+                provenance={"quantization": {variant: origin}},
             )
             merged = place(target, folder, added, add=True)
     say(f"{folder}: {variant}, {sum(info.size for info in files.values()) / 1e6:.1f} MB beside fp32")

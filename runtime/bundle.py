@@ -18,8 +18,9 @@ from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig
 from arinar.reading import MAX_JSON, parse_json
 from arinar.schedule import check_cfg_schedule
 from arinar.schemes import SCHEMES
+from arinar.text import shown
 
-from .values import MOST_BYTES, conforming, entry, integer, items, mapping, number, shown, text, truth
+from .values import MOST_BYTES, conforming, entry, integer, items, mapping, number, text, truth
 from .wire import external_locations
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
@@ -199,7 +200,7 @@ class Defaults:
         integer("defaults.num_iter", made.num_iter, 1, MAX_TOKENS)
         number("defaults.guidance_scale", made.guidance_scale, 1)
         number("defaults.temperature", made.temperature, 0, strict=True)
-        check_cfg_schedule(made.cfg_schedule)
+        check_cfg_schedule(made.cfg_schedule, "defaults.cfg_schedule")
         return made
 
 
@@ -288,8 +289,6 @@ class Manifest:
             return mapping(key, entry("it", data, key))
 
         config = ArinarConfig.from_dict(conforming(ArinarConfig, "config", of("config")))
-        if not 1 <= config.seq_len <= MAX_TOKENS:
-            raise ValueError(f"config makes images of {config.seq_len} tokens; expected 1 to {MAX_TOKENS}")
         for name in of("files"):
             check_relative(name)
         vae = entry("it", data, "vae")

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from arinar.config import ArinarConfig
 from arinar.law import law_of
-
-from .values import shown
+from arinar.text import shown
 
 MAX_SEED = 2**64 - 1
 

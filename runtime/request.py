@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from arinar.config import ArinarConfig
 from arinar.schedule import Step, check_cfg_schedule, guidance_at, steps
+from arinar.text import shown
 
 from .bundle import Defaults
 from .noise import Noise, check_seed
-from .values import number, shown
+from .values import number
 
 # Images of a micro-batch where the caller does not say: about this many tokens at a time.
 DEFAULT_BATCH_TOKENS = 1024

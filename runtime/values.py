@@ -14,23 +14,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from arinar.text import shown
+
 #: Numbers in files count things that exist, or are sizes of such: larger ones are damage, or meant to exhaust memory.
 MOST = 2**31 - 1
 #: A file's size in bytes.
 MOST_BYTES = 2**63 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value as it can be part of a message: short, control characters as escapes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"  # Python refuses to write very long ones out
-    try:
-        text = repr(value)
-    except Exception:  # the value's own, of whatever type
-        text = f"a {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

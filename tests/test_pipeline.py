@@ -174,7 +174,7 @@ def test_bad_labels(pipeline: Pipeline, labels: object, message: str) -> None:
         ({"temperature": 0}, "temperature is 0; expected a number above 0"),
         ({"temperature": -1.0}, "temperature is -1.0; expected a number above 0"),
         ({"cfg_schedule": "cosine"}, "cfg_schedule is 'cosine'; choose one of linear, constant"),
-        ({"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected an integer from 1 to 4096"),
         ({"seed": -3}, "seed is -3; expected an integer from 0"),
     ],
 )

@@ -304,7 +304,7 @@ def test_calibration_files_that_do_not_fit(bundle: Path, tmp_path: Path) -> None
     [
         (None, r"cannot be read \(No such file"),
         ({"settings": {"model": {}}}, "is not a calibration file"),
-        ({"maps": {"fp8": {}}}, r"the map for fp8 is damaged \(KeyError\('quantized'\)\); calibrate again"),
+        ({"maps": {"fp8": {}}}, r"the map for fp8 is damaged \(it has no entry 'quantized'\); calibrate again"),
         ({"maps": {"fp8": {"quantized": 3}}}, "the map for fp8 is damaged"),
         ({"maps": {"fp8": {"quantized": {"LAYER": {"absmax": "wide"}}}}}, "the entry of layer LAYER is damaged"),
         ({"maps": {"fp8": {"quantized": {"LAYER": [1]}}}}, "the entry of layer LAYER is damaged"),

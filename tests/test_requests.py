@@ -64,7 +64,7 @@ def test_values_per_label() -> None:
         ({"guidance_scale": np.ones((2, 2))}, "guidance_scale is array"),
         ({"indices": [1]}, "indices has 1 values for 2 labels"),
         ({"indices": 5}, "indices is 5; expected a list of integers, one per label"),
-        ({"noise": 3}, "noise is int; expected a Noise"),
+        ({"noise": 3}, "noise is 3; expected a Noise"),
         ({"indices": [1, -2]}, "image index is -2; expected an integer from 0"),
         ({"indices": [1, 2.5]}, "image index is 2.5"),
         ({"indices": [0, 1], "noise": Noise.from_seed(0, [0, 1], DIGITS)}, "indices and noise exclude each other"),

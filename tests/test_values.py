@@ -14,7 +14,8 @@ import pytest
 
 from arinar.runtime.backends.engines import EngineInfo
 from arinar.runtime.bundle import Bundle, BundleError, Manifest
-from arinar.runtime.values import conforming, entry, integer, items, mapping, number, shown, text, truth
+from arinar.runtime.values import conforming, entry, integer, items, mapping, number, text, truth
+from arinar.text import shown
 
 DATA = Path(__file__).parent / "data"
 DEEP: Any = []
@@ -146,7 +147,7 @@ def test_manifests_of_version_2() -> None:
     [
         (("config", "img_size"), 1e300, "config.img_size is 1e.300; expected an integer from 0 to"),
         (("config", "vae_stride"), 0, "damaged .*; export the model again"),
-        (("config", "img_size"), 2**30, "config makes images of .* tokens; expected 1 to 65536"),
+        (("config", "img_size"), 2**30, "img_size is 1073741824; expected an integer in 1..32768"),
         (("config", "latent_scale"), ["x"], r"config.latent_scale\[0\] is 'x'; expected a finite number"),
         (("config", "widht"), 3, "config has unknown entries 'widht'"),
         (("defaults", "temperature"), 0, "defaults.temperature is 0.0; expected a number above 0"),
@@ -284,5 +285,5 @@ def test_shown_is_short_and_plain() -> None:
         def __repr__(self) -> str:
             raise RuntimeError
 
-    assert shown("a\x1b[31m\n") == repr("a\x1b[31m\n") and len(shown("x" * 10**6)) == 60 and shown(Rude()) == "a Rude"
+    assert shown("a\x1b[31m\n") == repr("a\x1b[31m\n") and len(shown("x" * 10**6)) == 60 and shown(Rude()) .startswith("<Rude instance")
     assert shown(-(10**5000)) == "an integer of 16610 bits" and shown([10**5000]) == "a list"

@@ -6,8 +6,9 @@ import importlib
 import inspect
 from typing import Any
 
+from arinar.text import shown
+
 from ..bundle import Bundle, BundleError
-from ..values import shown
 from .base import Backend
 
 #: Backend name -> module of this package and class. A class is made with (bundle, precision, **options); its keyword-only

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from arinar.schemes import SCHEMES
+from arinar.text import shown
 
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import usable_cores
-from ..values import shown
 from .base import Array, Rows, merged
 
 # From so many rows per thread on, threads that find no row for the last round are idle for little of the time.

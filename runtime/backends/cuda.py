@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arinar.text import shown
+
 from ..bundle import BundleError
-from ..values import shown
 
 Array = npt.NDArray[Any]
 INSTALL_HINT = "`pip install cuda-bindings` installs it"
