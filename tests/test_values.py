@@ -285,5 +285,9 @@ def test_shown_is_short_and_plain() -> None:
         def __repr__(self) -> str:
             raise RuntimeError
 
-    assert shown("a\x1b[31m\n") == repr("a\x1b[31m\n") and len(shown("x" * 10**6)) == 60 and shown(Rude()) .startswith("<Rude instance")
-    assert shown(-(10**5000)) == "an integer of 16610 bits" and shown([10**5000]) == "a list"
+    assert shown("a\x1b[31m\n") == repr("a\x1b[31m\n") and len(shown("x" * 10**6)) == 60
+    assert (
+        shown(Rude()).startswith("<Rude instance")
+        and shown(-(10**5000)) == "an integer of 16610 bits"
+        and shown([10**5000]) == "a list"
+    )
