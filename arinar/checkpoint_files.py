@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .files import replacing
 from .pickled import AttackError, Unknown, plain
 from .reading import check_regular, parse_json
+from .text import one_line
 from .torch_files import TorchFileError, read_torch_stream, read_torch_zip, state_of
 
 FORMAT_VERSION = 1
@@ -133,7 +134,7 @@ def _foreign(start: bytes) -> str:
 
 
 def _damaged(path: Path, error: object) -> NoReturn:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error) or type(error).__name__
     raise CheckpointError(f"{path} is truncated or damaged ({reason[:200]}): copy or download it again") from None
 
 

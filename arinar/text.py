@@ -13,13 +13,18 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def one_line(text: object) -> str:
+    """Its text, white space of every kind as single spaces."""
+    return " ".join(str(text).split())
+
+
 def printable(text: object, most: int = 2000) -> str:
     """Text of unknown origin as one line for a terminal: at most ``most`` characters, its middle left out where it has
     more; white space as single spaces, and control characters (escape sequences, text that runs backwards) as escapes."""
     words = str(text)
     if len(words) > 8 * most:  # before the work of looking at every character
         words = words[: 4 * most] + words[-4 * most :]
-    line = "".join(_escaped(character) for character in " ".join(words.split()))
+    line = "".join(_escaped(character) for character in one_line(words))
     if len(line) <= most:
         return line
     half = (most - 5) // 2
@@ -46,7 +51,7 @@ def shown(value: object, most: int = 60) -> str:
         text = repr(value[: most + 1]) if isinstance(value, str) else _BRIEF.repr(value)
     except Exception:  # the value's own, of whatever type
         text = f"a {type(value).__name__}"
-    text = " ".join(text.split())
+    text = one_line(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -12,6 +12,8 @@ from arinar.config import ArinarConfig
 from arinar.law import law_of
 from arinar.text import shown
 
+from .values import is_whole
+
 MAX_SEED = 2**64 - 1
 
 
@@ -85,5 +87,5 @@ class Noise:
 def check_seed(seed: int, indices: Sequence[int] = ()) -> None:
     """Raise ValueError for a seed, or an image index, that is no integer from 0 to 2**64 - 1."""
     for name, value in (("seed", seed), *(("image index", index) for index in indices)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= MAX_SEED:
+        if not is_whole(value) or not 0 <= value <= MAX_SEED:
             raise ValueError(f"{name} is {shown(value)}; expected an integer from 0 to 2**64 - 1")

@@ -16,7 +16,7 @@ from arinar.text import shown
 
 from .bundle import Defaults
 from .noise import Noise, check_seed
-from .values import number
+from .values import is_whole, number
 
 # Images of a micro-batch where the caller does not say: about this many tokens at a time.
 DEFAULT_BATCH_TOKENS = 1024
@@ -228,11 +228,11 @@ def per_label(name: str, value: Any, count: int, least: float, *, strict: bool =
 def check_num_iter(value: Any, default: int, config: ArinarConfig) -> int:
     length = config.seq_len
     if config.outer == "causal":
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value != length):
+        if value is not None and (not is_whole(value) or value != length):
             raise ValueError(f"num_iter is {shown(value)}; a causal model generates one token a step: {length}, or None")
         return length
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= length:
+    if not is_whole(value) or not 1 <= value <= length:
         raise ValueError(f"num_iter is {shown(value)}; expected an integer from 1 to {length} (one token a step at most)")
     return int(value)
 
@@ -240,7 +240,7 @@ def check_num_iter(value: Any, default: int, config: ArinarConfig) -> int:
 def check_batch_size(value: Any, count: int, config: ArinarConfig) -> int:
     if value is None:
         return min(count, max(1, DEFAULT_BATCH_TOKENS // config.seq_len))
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= MOST_AT_A_TIME:
+    if not is_whole(value) or not 1 <= value <= MOST_AT_A_TIME:
         raise ValueError(
             f"batch_size is {shown(value)}; expected an integer from 1 to {MOST_AT_A_TIME} (images in memory at one time; more "
             f"labels than that are made in several batches)"

@@ -55,8 +55,13 @@ def truth(name: str, value: Any) -> bool:
     return value
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, Python's or NumPy's; truth values are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def integer(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+    if not is_whole(value) or not least <= value <= most:
         raise ValueError(f"{name} is {shown(value)}; expected an integer from {least} to {most}")
     return int(value)
 

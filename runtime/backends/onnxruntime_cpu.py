@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arinar.text import install_hint
+from arinar.text import install_hint, one_line
 
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import onnxruntime_distribution
@@ -48,7 +48,7 @@ class OnnxRuntimeCpu(CpuBackend):
         try:
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own, undocumented types
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             message = f"ONNX Runtime cannot load graph {graph.name!r} ({path}): {reason}; export again"
             raise self._bundle.fault(message) from error
 
@@ -61,7 +61,7 @@ def run_session(session: Any, graph: str, outputs: list[str], inputs: Buffers) -
     try:
         return list(session.run(outputs, dict(inputs)))
     except Exception as error:  # ONNX Runtime raises its own, undocumented types
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         remedy = "use a smaller batch size" if "alloc" in reason.lower() else "export the model again"
         raise RuntimeError(f"graph {graph!r} did not run in ONNX Runtime: {reason}; {remedy}") from error
 

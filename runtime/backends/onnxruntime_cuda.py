@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from arinar.text import one_line
+
 from ..bundle import Bundle, BundleError
 from ..machine import onnxruntime_distribution
 from .cuda import Cuda, CudaError, DeviceBuffer, GpuMemoryError
@@ -128,7 +130,7 @@ class OnnxRuntimeCuda(CudaBackend):
             raise self._failure(f"graph {graph!r} did not run in ONNX Runtime", error) from error
 
     def _failure(self, what: str, error: Exception) -> Exception:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         lower = text.lower()
         if "out of memory" in lower or "failed to allocate memory" in lower or "bfcarena" in lower:
             return GpuMemoryError(f"{what} ({text})")
