@@ -80,7 +80,8 @@ class Loop:
         self.head.prepare(guided, batch)
 
     def walk(self, batch: Batch, seconds: Seconds | None = None, *, watched: bool = False) -> Generator[Walked, None, Made]:
-        """One micro-batch, step by step; returns what was made. It can be closed between two steps.
+        """One micro-batch, step by step; returns what was made. It can be closed between two steps. Where all tokens are
+        known there is none: the first `next` ends it.
 
         seconds : gets the time by phase. watched : a step is yielded when the device is at most one step behind (else
         it may only be enqueued).
@@ -144,6 +145,10 @@ class Loop:
         write(state.guidance, batch.guidance_rows(length))
         write(state.temperature, batch.temperature_rows(length))
         self.backend.clear(state.tokens)  # not the previous micro-batch's
+        if batch.known is not None:
+            places = batch.noise.order[:, length - int(batch.known.counts[0]) :]
+            given = np.take_along_axis(batch.known.tokens, places[:, :, None], 1).swapaxes(0, 1)  # (known, B, D)
+            write(state.tokens[length - len(given) :], np.ascontiguousarray(given))
         self.head.fill(state, batch)
         with self._timed(seconds, "outer"):
             self.outer.fill(state, batch)
@@ -161,7 +166,7 @@ class Loop:
     def state(self, batch: Batch) -> Iterator[State]:
         """Buffers that nobody else uses meanwhile: kept ones of this shape, or new ones."""
         # Rounded up, so that plans of about as many steps share them.
-        most = max(step.count for step in batch.plan)
+        most = max((step.count for step in batch.plan), default=1)
         count = min(self.config.seq_len, 1 << (most - 1).bit_length())
         shape = (len(batch), batch.branches, count)
         state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count) == shape), None)

@@ -21,6 +21,7 @@ from arinar.config import ArinarConfig
 from .backends import open_backend
 from .backends.base import Backend
 from .bundle import Bundle, Manifest
+from .known import Known
 from .loop import Loop, Made
 from .noise import Noise
 from .request import Sampling
@@ -130,6 +131,7 @@ class Pipeline:
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
         batch_size: int | None = None,
+        known: Known | None = None,
         callback: Callable[[Progress], object] | None = None,
     ) -> Generation:
         """Generate one image per label.
@@ -153,6 +155,9 @@ class Pipeline:
             7 of a run with seed 0.
         noise : every random number, for len(labels) images.
         batch_size : images generated at a time.
+        known : tokens that are given, for len(labels) images: they come back as they are, bit for bit, and the others are
+            generated around them, by the schedule of so many tokens (``num_iter`` steps, or one for each where they are
+            fewer). Where all are known there is no step: one Progress tells of none.
         callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
             itself: another thread's ``preview()`` or call waits until this one is over.
 
@@ -171,6 +176,7 @@ class Pipeline:
             indices=indices,
             noise=noise,
             batch_size=batch_size,
+            known=known,
         )
         with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
             for progress in walk:
@@ -220,25 +226,27 @@ class Pipeline:
         images: list[Any] = [None] * count
         for part in sampling.batches():
             rows, batch = part.rows, part.batch
-            self.loop.prepare(batch.guided, len(batch))
-            known = (len(batch.plan), done, count, tuple(rows))
+            if batch.plan:
+                self.loop.prepare(batch.guided, len(batch))
+            place = (len(batch.plan), done, count, tuple(rows))
             with closing(self.loop.walk(batch, seconds, watched=watched)) as walk:
                 for step in batch.plan[:-1]:
                     show = partial(self._show, walk, next(walk).state, part.places)
-                    yield Progress(step.index + 1, *known, _preview=show)
-                next(walk)
+                    yield Progress(step.index + 1, *place, _preview=show)
+                if batch.plan:
+                    next(walk)
                 made = _result(walk)
             done += len(rows)
-            for place, row in zip(part.places, rows, strict=True):
-                tokens[row], latents[row] = made.tokens[place], made.latents[place]
-                images[row] = Image.fromarray(made.images[place])
+            for slot, row in zip(part.places, rows, strict=True):
+                tokens[row], latents[row] = made.tokens[slot], made.latents[slot]
+                images[row] = Image.fromarray(made.images[slot])
             result = None
             if done == count:
                 seconds["total"] = time.perf_counter() - began
                 labels = [int(label) for label in sampling.labels]
                 result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, labels)
             finished = [images[row] for row in rows]
-            yield Progress(len(batch.plan), *known, result=result, _preview=partial(_copies, finished))
+            yield Progress(len(batch.plan), *place, result=result, _preview=partial(_copies, finished))
 
     def _show(self, walk: Generator[Any, None, Made], state: State, places: list[int]) -> list[Image.Image]:
         with self._turn(nested=True):
