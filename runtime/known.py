@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import ArinarConfig
-from arinar.text import shown
+
+from .values import array
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Known:
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """(B,): how many tokens of each image are known."""
-        return self.mask.sum(1, dtype=np.int64)
+        return np.asarray(self.mask.sum(1), np.int64)
 
     def last(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """An order (B, L), as `Noise` has it, with the known positions moved to its end, where generation starts from;
@@ -44,14 +45,8 @@ class Known:
     def check(self, batch: int, config: ArinarConfig) -> None:
         """Raise ValueError unless these are tokens of ``batch`` images of a model."""
         shape = (batch, config.seq_len)
-        for name, value, dtype, want in (
-            ("tokens", self.tokens, np.float32, (*shape, config.token_dim)),
-            ("mask", self.mask, np.bool_, shape),
-        ):
-            if not isinstance(value, np.ndarray):
-                raise ValueError(f"known.{name} is {shown(value)}; expected a NumPy array, {np.dtype(dtype)} {want}")
-            if value.shape != want or value.dtype != dtype:
-                raise ValueError(f"known.{name} is {value.dtype} {value.shape}; expected {np.dtype(dtype)} {want}")
+        array("known.tokens", self.tokens, np.float32, (*shape, config.token_dim))
+        array("known.mask", self.mask, np.bool_, shape)
         finite = np.isfinite(self.tokens).all(-1) | ~self.mask
         if not finite.all():
             image, position = np.argwhere(~finite)[0]

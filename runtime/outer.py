@@ -61,7 +61,7 @@ class MaskedOuter:
         return None
 
     def fill(self, state: State, batch: Batch) -> None:
-        if batch.plan and self._kept(step := batch.plan[0]):
+        if self._kept(step := batch.plan[0]):
             labels, targets = branch_labels(batch), batch.noise.order.T[step.remaining :]  # (G, B), (P, B)
             known = self._first_z(list(dict.fromkeys(labels.flatten().tolist())))
             z = np.stack(
