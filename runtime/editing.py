@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from arinar.config import ArinarConfig
 from arinar.text import shown
 
+from .images import MOST_PIXELS
 from .values import is_whole
 
 Pixels = npt.NDArray[np.uint8]
@@ -23,8 +24,6 @@ Mask = npt.NDArray[np.bool_]
 
 #: What the model is not to see: of 0..255 the value nearest to 0 in [-1, 1] (halves go to the even one).
 MID_GREY = 128
-#: Pixels of a picture that is to be made smaller. It is decoded as a whole.
-MOST_PIXELS = 1 << 26
 # Modes of Pillow that RGB can show.
 _MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 
@@ -60,12 +59,10 @@ def _square(name: str, image: Any, side: int, resize: bool) -> Pixels:
     return np.asarray(_opaque(name, image, "RGB"))
 
 
-def check_size(name: str, image: Image.Image, side: int) -> None:
+def check_size(name: str, image: Image.Image, side: int, remedy: str = "crop or resize it first") -> None:
     """Raise ValueError for an image that is not of the model's size. Decodes nothing."""
     if image.size != (side, side):
-        raise ValueError(
-            f"{name} has {image.size[0]} x {image.size[1]} pixels; this model takes {side} x {side}: crop or resize it first"
-        )
+        raise ValueError(f"{name} has {image.size[0]} x {image.size[1]} pixels; this model takes {side} x {side}: {remedy}")
 
 
 def _opaque(name: str, image: Image.Image, mode: str) -> Image.Image:
@@ -73,9 +70,9 @@ def _opaque(name: str, image: Image.Image, mode: str) -> Image.Image:
     if image.mode not in _MODES:
         raise ValueError(f"{name} has pixels of the kind {shown(image.mode)}; expected 8 bits a channel, RGB or grey")
     try:
-        if image.mode.endswith("A") or "transparency" in image.info:
-            if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-                raise ValueError(f"{name} is transparent in places; put it on a ground, or drop its alpha channel first")
+        layered = image.mode.endswith("A") or "transparency" in image.info
+        if layered and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise ValueError(f"{name} is transparent in places; put it on a ground, or drop its alpha channel first")
         return image.convert(mode)
     except OSError as error:  # decoded only now: a damaged file
         raise ValueError(f"{name} cannot be decoded: {error}") from error

@@ -60,7 +60,7 @@ class Known:
         if late.any():
             image, place = np.argwhere(late)[0]
             raise ValueError(
-                f"known.mask of image {image}: position {order[place + 1]} is known, {order[place]} before it in the generation "
-                f"order is not. A causal model generates what comes after the tokens that it is given: they must be the first "
+                f"known.mask of image {image}: position {order[place + 1]} is known, {order[place]} before it in the "
+                f"generation order is not. A causal model goes on from the tokens that it is given: they must be the first "
                 f"of its order (in raster order the upper rows); a masked model takes any"
             )

@@ -40,8 +40,8 @@ class Outer(Protocol):
 class MaskedOuter:
     """Every step recomputes z from all visible tokens.
 
-    Where no token is known, none is visible at the first step: z depends on the label and the position alone. With ``keep_first_step`` it is
-    computed once per label, for all positions, and uploaded with the rest of a micro-batch.
+    Where no token is known, none is visible at the first step: z depends on the label and the position alone. With
+    ``keep_first_step`` it is computed once per label, for all positions, and uploaded with the rest of a micro-batch.
     """
 
     GRAPHS = ("outer_step",)

@@ -72,8 +72,8 @@ class Sampling:
     """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
 
     labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
-    noise: every random number, where the caller gave it; known: tokens that are given; batch_size: images of a micro-batch, size: the same where the
-    caller did not say (short ones are then not filled up).
+    noise: every random number, where the caller gave it; known: tokens that are given; batch_size: images of a
+    micro-batch, size: the same where the caller did not say (short ones are then not filled up).
     """
 
     config: ArinarConfig
@@ -162,7 +162,8 @@ class Sampling:
 
     def batches(self) -> Iterator[Part]:
         """The micro-batches. Guided images share none with others, so that an image is computed alike whatever is beside
-        it; nor do images of which different numbers of tokens are known, whose plans differ. With a ``batch_size``, its place in a micro-batch is that of its index, for the same reason."""
+        it; nor do images of which different numbers of tokens are known: their plans differ. With a ``batch_size``, its
+        place in a micro-batch is that of its index, for the same reason."""
         kinds = np.stack([self.config.seq_len - self.unknown, self.guidance_scale != 1.0], 1)
         groups = [np.flatnonzero((kinds == kind).all(1)) for kind in np.unique(kinds, axis=0)]
         if self.batch_size is None:
