@@ -186,7 +186,7 @@ def generate(
     if growing is not None:
         growing.check(len(work.missing), work.sampling.size)
     if kept:
-        say(f"{kept} of {len(wanted)} images are already in {out}")
+        say(f"{kept} of {len(wanted)} images are already in {out}" + ("" if work.missing or not preview else ": no preview"))
     with tqdm(total=len(work.missing) * work.sampling.num_iter, unit="step", disable=not work.missing) as bar:
 
         def step(progress: Progress) -> None:

@@ -56,10 +56,15 @@ class Edits:
 
         ``on_step`` is called after every outer step."""
         timings: dict[str, float] = {}
+
+        def step(progress: Progress) -> None:  # what it returns stops nothing
+            if on_step:
+                on_step(progress)
+
         for first in range(0, len(self.paths), self.sampling.size):
             rows = range(len(self.paths))[first : first + self.sampling.size]
             labels = self.sampling.labels[rows.start : rows.stop]
-            made = self.pipeline.edit(self.pixels, self.anew, labels, indices=list(rows), callback=on_step, **self.arguments)
+            made = self.pipeline.edit(self.pixels, self.anew, labels, indices=list(rows), callback=step, **self.arguments)
             save_all((image, self.paths[row], self.metadata[row]) for row, image in zip(rows, made.images, strict=True))
             for phase, seconds in made.timings.items():
                 timings[phase] = timings.get(phase, 0.0) + seconds
