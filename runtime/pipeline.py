@@ -219,9 +219,7 @@ class Pipeline:
         pixels = as_pixels(images, self.config.img_size, resize=resize)
         with self._turn():
             if "vae_encoder" not in self.bundle.manifest.precision_graphs(self.precision):
-                raise BundleError(
-                    "the bundle has no graph vae_encoder, which turns pictures into tokens; export the model again"
-                )
+                raise BundleError("the bundle has no graph vae_encoder, which reads pictures in; export the model again")
             self.bundle.verify(self._unverified)
             self._unverified = []
             latents = self.loop.encode(pixels)
