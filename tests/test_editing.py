@@ -382,15 +382,14 @@ def test_the_new_half_is_of_its_class(digits: Pipeline) -> None:
     """A judge that knows nothing of the model reads in the results what it was asked for, as far as the half that is kept
     leaves room for it: where it reads it in real halves, put together."""
     pytest.importorskip("sklearn")
-    from benchmarks.editing import ROOM, edited, held_out, read_as, real_shares
-
-    real = real_shares(10)
-    pairs = [(int(upper), int(lower)) for upper, lower in np.argwhere(real >= ROOM) if upper != lower]
+    show = pytest.importorskip("benchmarks.editing")
+    real = show.real_shares(10)
+    pairs = [(int(upper), int(lower)) for upper, lower in np.argwhere(real >= show.ROOM) if upper != lower]
     assert len(pairs) >= 8
-    there = [read_as(edited(digits, upper, lower, 10), lower) for upper, lower in pairs]
-    before = [read_as(held_out(upper, 10), lower) for upper, lower in pairs]  # they were something else
+    there = [show.read_as(show.edited(digits, upper, lower, 10), lower) for upper, lower in pairs]
+    before = [show.read_as(show.held_out(upper, 10), lower) for upper, lower in pairs]  # they were something else
     assert np.mean(there) >= 0.65 and np.mean(before) <= 0.05, dict(zip(pairs, there, strict=True))
-    same = [read_as(edited(digits, label, label, 10), label) for label in range(10)]
+    same = [show.read_as(show.edited(digits, label, label, 10), label) for label in range(10)]
     assert np.mean(same) >= 0.9, same
 
 
