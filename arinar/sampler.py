@@ -59,7 +59,7 @@ class StepRecord:
 @torch.no_grad()
 def sample(
     model: Arinar,
-    labels: Tensor,
+    labels: Tensor | Sequence[int | Mapping[int, float]],
     *,
     guidance_scale: float | Sequence[float],
     cfg_schedule: str = "linear",
@@ -79,7 +79,7 @@ def sample(
     Parameters
     ----------
     model : in ``eval()`` mode, any float dtype.
-    labels : (B,) int64 class ids.
+    labels : (B,) int64 class ids; or a list of those and of weights by class id, whose embeddings are interpolated.
     guidance_scale : >= 1, one for all or one per label; exactly 1 for all runs no unconditional branch.
     temperature : > 0, one for all or one per label; multiplies the component std of the proposals.
     num_iter : outer steps, 1..L; None means the config's default. A causal model always takes L.
@@ -117,7 +117,7 @@ def sample(
     if known is not None:
         unknown, order = _start_from(known, tokens, order, fixed=isinstance(model, CausalArinar))
     plan = steps(length, _num_iter(model, num_iter), unknown)
-    outer = _Outer(model, labels.to(device), guided=bool((scales != 1.0).any()))
+    outer = _Outer(model, _classes(labels, config.num_classes).to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
     rows = torch.arange(batch, device=device)[:, None]
     for step in plan:
@@ -132,6 +132,19 @@ def sample(
         if record is not None:
             record(StepRecord(step, positions, z_cond, z_uncond, drawn.cond, drawn.uncond, drawn.tokens, guidance))
     return tokens
+
+
+def _classes(labels: Tensor | Sequence[int | Mapping[int, float]], num_classes: int) -> Tensor:
+    """Class ids (B,), or (B, num_classes) float64 weights that sum to 1 where an image is of several classes."""
+    if isinstance(labels, Tensor):
+        return labels
+    if not any(isinstance(label, Mapping) for label in labels):
+        return torch.tensor(labels)
+    weights = torch.zeros(len(labels), num_classes, dtype=torch.float64)
+    for row, label in enumerate(labels):
+        for name, weight in (label if isinstance(label, Mapping) else {label: 1.0}).items():
+            weights[row, name] = weight
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _start_from(known: KnownLike, tokens: Tensor, order: Tensor, *, fixed: bool) -> tuple[int, Tensor]:

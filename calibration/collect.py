@@ -362,7 +362,7 @@ def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: in
     backend = RecordingBackend(bundle, recording, 1, seed, None)
     rng = np.random.default_rng(seed)
     length = config.seq_len
-    limits = {"labels": (-1, config.num_classes), "rows": (0, 1)}
+    limits = {"labels": (-1, config.num_classes), "mixed_labels": (0, config.num_classes), "rows": (0, 1)}
     infos = bundle.manifest.precision_graphs("fp32")
     for name in layer_graphs(infos):
         info = infos[name]

@@ -72,7 +72,7 @@ def run_parity(
     model: Arinar,
     vae: AutoencoderKL,
     *,
-    labels: Sequence[int],
+    labels: Sequence[int | Mapping[int, float]],
     guidance_scale: float | None = None,
     num_iter: int | None = None,
     temperature: float | None = None,
@@ -110,9 +110,11 @@ def run_parity(
         cfg_schedule=cfg_schedule,
         seed=seed,
     )
-    settings = {"labels": sampling.labels.tolist(), **sampling.settings(), "seed": seed}
+    settings = {"labels": sampling.classes.shown(), **sampling.settings(), "seed": seed}
     measure = None
     if distribution:
+        if sampling.classes.weights is not None:
+            raise ValueError("labels has images of several classes; distributions are compared of images of one class each")
         check_samples(distribution)
         measure = open_measure(features, fid_stats, model.config)
     titles, precision = law_of(model.config).titles, pipeline.precision
@@ -167,7 +169,7 @@ def _by_sample(
 
     def generate(model: Arinar, forced: torch.Tensor | None = None, known: Known | None = None) -> Run:
         records = list[StepRecord]()
-        labels, law = torch.from_numpy(sampling.labels), pipeline.bundle.manifest.law
+        labels, law = sampling.classes.shown(), pipeline.bundle.manifest.law
         how: dict[str, Any] = {"noise": batch.noise, "record": records.append, "law": law, "forced": forced, "known": known}
         return Run(sample(model, labels, **sampling.settings(), **how), records)
 

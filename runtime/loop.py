@@ -17,7 +17,7 @@ from arinar.schedule import Step
 from .backends.base import Array, Backend
 from .bundle import BundleError, GraphInfo
 from .head import Head, head_class
-from .outer import OUTERS, Outer, branch_labels, check_interface
+from .outer import OUTERS, Outer, check_interface
 from .request import Batch
 from .state import State, allocate
 
@@ -157,7 +157,10 @@ class Loop:
         write, length = self.backend.write, self.config.seq_len
         write(state.order, batch.noise.order.T)
         write(state.ranks, np.argsort(batch.noise.order, 1))
-        write(state.labels, branch_labels(batch))
+        labels, others, weights = batch.classes.branches(state.branches)
+        write(state.labels, labels)
+        write(state.mixed_labels, others)
+        write(state.mixed_weights, weights)
         write(state.guidance, batch.guidance_rows(length))
         write(state.temperature, batch.temperature_rows(length))
         self.backend.clear(state.tokens)  # not the previous micro-batch's

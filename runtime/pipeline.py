@@ -6,7 +6,7 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,7 +49,7 @@ class Generation:
     latents: npt.NDArray[np.float32]
     timings: dict[str, float]
     seed: int | None = None
-    labels: list[int] = field(default_factory=list)
+    labels: list[int | dict[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int] | npt.NDArray[np.integer[Any]],
+        labels: Sequence[int | Mapping[int, float]] | npt.NDArray[np.integer[Any]],
         *,
         guidance_scale: float | Sequence[float] | None = None,
         cfg_schedule: str | None = None,
@@ -150,7 +150,8 @@ class Pipeline:
 
         Parameters
         ----------
-        labels : class ids, each in 0..num_classes-1.
+        labels : class ids, each in 0..num_classes-1; or, for an image of several classes, weights by class id, at most
+            four: ``[{3: 0.5, 8: 0.5}, 7]``. Weights are divided by their sum; the classes' embeddings are interpolated.
         guidance_scale : classifier-free guidance, at least 1; 1 runs no unconditional branch. One for all, or one per
             label.
         cfg_schedule : "linear" or "constant".
@@ -192,7 +193,7 @@ class Pipeline:
         return progress.result
 
     def stream(
-        self, labels: Sequence[int] | npt.NDArray[np.integer[Any]], **arguments: Any
+        self, labels: Sequence[int | Mapping[int, float]] | npt.NDArray[np.integer[Any]], **arguments: Any
     ) -> Generator[Progress, None, Generation]:
         """Generate as :meth:`generate` does, step by step: yields a :class:`Progress` after every outer step, whose
         ``preview()`` shows the images as far as they are known; the last one's ``result`` is the :class:`Generation`, which
@@ -304,8 +305,8 @@ class Pipeline:
             result = None
             if done == count:
                 seconds["total"] = time.perf_counter() - began
-                labels = [int(label) for label in sampling.labels]
-                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, labels)
+                asked = sampling.classes.shown()
+                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, asked)
             finished = [images[row] for row in rows]
             yield Progress(len(batch.plan), *place, result=result, _preview=partial(_copies, finished))
 

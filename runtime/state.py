@@ -8,6 +8,7 @@ from typing import Any
 from arinar.config import ArinarConfig
 
 from .backends.base import Backend
+from .labels import MOST_CLASSES
 
 
 @dataclass(eq=False)
@@ -28,6 +29,8 @@ class State:
     order: Any  # (L, B) int64
     ranks: Any  # (B, L) int64, where in the order each grid position stands
     labels: Any  # (G, B) int64
+    mixed_labels: Any  # (MOST_CLASSES - 1, G, B) int64, further classes
+    mixed_weights: Any  # the same shape, their weights
     guidance: Any  # (L, B), of the step at which the token is drawn
     temperature: Any  # (L, B)
     # What is computed.
@@ -56,6 +59,8 @@ def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, bra
         order=backend.empty((length, batch), "int64"),
         ranks=backend.empty((batch, length), "int64"),
         labels=backend.empty((branches, batch), "int64"),
+        mixed_labels=backend.empty((MOST_CLASSES - 1, branches, batch), "int64"),
+        mixed_weights=backend.empty((MOST_CLASSES - 1, branches, batch), "float32"),
         guidance=backend.empty((length, batch), "float32"),
         temperature=backend.empty((length, batch), "float32"),
         tokens=backend.empty((length, batch, features), "float32"),
