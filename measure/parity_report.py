@@ -163,7 +163,7 @@ def _checks(checks: Sequence[Check], report: ParityReport) -> str:
         word = "<span class='ok'>ok</span>" if check.passed else "<span class='bad'>FAIL</span>"
         word = "" if check.limit is None else word
         row = "<tr>" if check.passed else "<tr class='failed'>"
-        said = check.name.replace(check.quantity, names.get(check.quantity, check.quantity))
+        said = check.name.removesuffix(check.quantity) + names.get(check.quantity, check.quantity)
         rows.append(
             f"{row}<td>{escaped(said)}</td>"
             f"<td class='number'>{_number(check, check.value)}</td><td class='number'>{_limit(check)}</td>"
