@@ -159,8 +159,11 @@ class Loop:
         write(state.ranks, np.argsort(batch.noise.order, 1))
         labels, others, weights = batch.classes.branches(state.branches)
         write(state.labels, labels)
-        write(state.mixed_labels, others)
-        write(state.mixed_weights, weights)
+        mixed = batch.classes.weights is not None
+        if mixed or state.mixed:  # else the weights are zeros, and stay so
+            write(state.mixed_labels, others)
+            write(state.mixed_weights, weights)
+        state.mixed = mixed
         write(state.guidance, batch.guidance_rows(length))
         write(state.temperature, batch.temperature_rows(length))
         self.backend.clear(state.tokens)  # not the previous micro-batch's

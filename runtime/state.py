@@ -39,6 +39,8 @@ class State:
     raster: Any  # (B, L, D) tokens, raster order
     latents: Any  # (B, channels, h, w)
     images: Any  # (B, H, W, 3) uint8
+    # Whether an image of the micro-batch is of several classes.
+    mixed: bool = False
     # Of the outer model's kind, and of the head's.
     outer: Any = None
     head: Any = None
