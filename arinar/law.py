@@ -41,7 +41,7 @@ class Law:
 
 
 #: Head, as the config names it -> module of this package that holds its `LAW`.
-LAWS = {"gmm": "gmm_law"}
+LAWS = {"gmm": "gmm_law", "diffusion": "diffusion_law"}
 
 
 def law_of(config: ArinarConfig) -> Law:

@@ -27,7 +27,6 @@ from .data import DIGITS, Augment, Dataset, load_dataset, to_float
 from .demo import demo_vae
 from .files import check_writable
 from .fit import Fit, OnEval, Optimization, TrainResult, Watch, own_random_state, seed_for
-from .inner import Mixture, log_density
 from .judge import Judgement, judge
 from .model import (
     MASK_RATIO_MIN,
@@ -476,20 +475,18 @@ def training_loss(
     mask_ratio_min: float = MASK_RATIO_MIN,
     mask_ratio_std: float = MASK_RATIO_STD,
 ) -> Tensor:
-    """NLL per token to be predicted, of normalised tokens (B, L, D) and labels (B,): a scalar.
+    """The head's loss per token to be predicted, of normalised tokens (B, L, D) and labels (B,): a scalar.
 
-    The same quantity as ``model(latents, labels)`` (without 0.5 log(2 pi) per feature), with the masks' share of
-    unknown tokens to choose and no work for tokens that are known.
+    The same quantity as ``model(latents, labels)``, with the masks' share of unknown tokens to choose and no work for
+    tokens that are known.
     """
     labels = drop_labels(labels, label_drop, generator)
     mask = model.training_mask(len(tokens), generator, mask_ratio_min, mask_ratio_std).to(tokens)
     unknown = mask.flatten().bool()
     z = model.condition(tokens, mask, labels).flatten(0, 1)[unknown]  # (N, C)
     features = tokens.flatten(0, 1)[unknown].float()  # (N, D)
-    # Under autocast the network may run in bfloat16; densities need single precision.
-    mixture = Mixture(*(value.float() for value in model.mixture(z, features)))
-    constant = 0.5 * math.log(2 * math.pi) * features.shape[-1]
-    return -log_density(features, mixture).sum(-1).mean() - constant
+    z, features = (value.repeat(model.head.REPEATS, 1) for value in (z, features))
+    return model.head.loss(z, features, generator).mean()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import numpy as np
 
 from arinar.config import ArinarConfig
 from arinar.schedule import Step
+from arinar.text import shown
 
 from .backends.base import Array, Backend
 from .bundle import BundleError, GraphInfo
@@ -50,7 +51,7 @@ class Walked(NamedTuple):
 class Loop:
     """Generates micro-batches with one bundle on one backend.
 
-    inner : how the head generates a token, one of its MODES.
+    inner : how the head generates a token, one of its MODES; None: the first.
     keep_first_step : whether z of a first step, where no token is visible, is computed once per label. None: where the
         backend computes as it is told (on a GPU it would save a sixty-fourth of a recorded sequence). False where every
         launch is to be seen.
@@ -61,15 +62,18 @@ class Loop:
         backend: Backend,
         graphs: Mapping[str, GraphInfo],
         config: ArinarConfig,
-        inner: str = "fused",
+        inner: str | None = None,
         *,
         keep_first_step: bool | None = None,
     ) -> None:
         check_graphs(graphs, config)
-        self.backend, self.config, self.inner = backend, config, inner
+        head = head_class(config)
+        if inner is not None and inner not in head.MODES:
+            raise ValueError(f"inner is {shown(inner)}; choose one of {', '.join(head.MODES)}")
+        self.backend, self.config, self.inner = backend, config, inner or head.MODES[0]
         keep = backend.synchronous if keep_first_step is None else keep_first_step
         self.outer: Outer = OUTERS[config.outer](backend, graphs, config, keep)
-        self.head: Head = head_class(config)(backend, graphs, config, inner)
+        self.head: Head = head(backend, graphs, config, self.inner)
         self._idle: list[State] = []  # the most recently used last
         self._owners = itertools.count()
 
@@ -163,15 +167,15 @@ class Loop:
         # Rounded up, so that plans of about as many steps share them.
         most = max(step.count for step in batch.plan)
         count = min(self.config.seq_len, 1 << (most - 1).bit_length())
-        shape = (len(batch), batch.branches, count)
-        state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count) == shape), None)
+        shape = (len(batch), batch.branches, count, self.head.shape(batch))
+        state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count, s.drawing) == shape), None)
         if state is not None:
             self._idle.remove(state)
         while len(self._idle) >= KEPT_STATES:
             self.backend.forget(self._idle.pop(0).owner)
         if state is None:
             state = allocate(self.backend, self.config, next(self._owners), *shape)
-            state.outer, state.head = self.outer.allocate(state), self.head.allocate(state)
+            state.outer, state.head = self.outer.allocate(state), self.head.allocate(state, batch)
         try:
             yield state
         finally:

@@ -29,7 +29,8 @@ class Batch:
     """One micro-batch of B images: all that the loop knows of a request.
 
     labels : (B,) int64. noise : of B images. guidance_scale, temperature : (B,) float64, image by image.
-    cfg_schedule : how guidance grows over the steps. plan : the outer steps.
+    cfg_schedule : how guidance grows over the steps. plan : the outer steps. sampling_steps : of a diffusion head, as
+    `arinar.diffusion_schedule.respacings` reads it.
 
     All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed.
     """
@@ -40,6 +41,7 @@ class Batch:
     temperature: npt.NDArray[np.float64]
     cfg_schedule: str
     plan: list[Step]
+    sampling_steps: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +70,7 @@ class Batch:
 class Sampling:
     """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
 
-    labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
+    config: the model's, with the sampling steps of the request; labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
     noise: every random number, where the caller gave it; batch_size: images of a micro-batch, size: the same where the
     caller did not say (short ones are then not filled up).
     """
@@ -96,12 +98,14 @@ class Sampling:
         cfg_schedule: str | None = None,
         temperature: Any = None,
         num_iter: int | None = None,
+        sampling_steps: str | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
         batch_size: int | None = None,
     ) -> Sampling:
         """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
+        config = with_sampling_steps(config, sampling_steps)
         ids = check_labels(labels, config)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         heat = defaults.temperature if temperature is None else temperature
@@ -141,11 +145,13 @@ class Sampling:
 
     def settings(self, row: int = 0) -> dict[str, Any]:
         """What determines image ``row``, its label, seed and index left out. JSON-ready."""
+        own = {"sampling_steps": self.config.sampling_steps} if self.config.head == "diffusion" else {}
         return {
             "guidance_scale": float(self.guidance_scale[row]),
             "cfg_schedule": self.cfg_schedule,
             "temperature": float(self.temperature[row]),
             "num_iter": self.num_iter,
+            **own,
         }
 
     def batches(self) -> Iterator[Part]:
@@ -187,6 +193,7 @@ class Sampling:
             self.temperature[chosen],
             self.cfg_schedule,
             self.plan,
+            self.config.sampling_steps,
         )
 
 
@@ -212,6 +219,15 @@ def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
     if (bad := ids[(ids < 0) | (ids >= config.num_classes)]).size:
         raise ValueError(f"label {int(bad[0])} is out of range; this model has classes 0..{config.num_classes - 1}")
     return ids.astype(np.int64)
+
+
+def with_sampling_steps(config: ArinarConfig, value: Any) -> ArinarConfig:
+    """The config with so many sampling steps, of a diffusion head; None: as it is."""
+    if value is None:
+        return config
+    if config.head != "diffusion":
+        raise ValueError(f"sampling_steps is {shown(value)}; this model's head draws each feature at once: leave it out")
+    return config.replace(sampling_steps=value)
 
 
 def per_label(name: str, value: Any, count: int, least: float, *, strict: bool = False) -> npt.NDArray[np.float64]:
