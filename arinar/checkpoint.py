@@ -279,7 +279,9 @@ def _overrule(settled: _Settled, given: _Given) -> None:
     changes: dict[str, Any] = {}
     if given.inner_heads is not None:
         if settled.config.head != "gmm":
-            raise CheckpointError(f"inner_heads is {given.inner_heads}; a {settled.config.head} head has no attention: leave it out")
+            raise CheckpointError(
+                f"inner_heads is {given.inner_heads}; a {settled.config.head} head has no attention: leave it out"
+            )
         changes["inner_heads"] = given.inner_heads
         settled.heads_source = "given by the caller"
     if given.outer_heads is not None:
@@ -307,7 +309,9 @@ def _read_vae(
     contents = contents or open_checkpoint(path)
     if not _looks_like_vae(contents):
         names = {bare_name(name) for state in contents.states.values() for name in state}
-        if contents.kind == "arinar" or any(name.startswith(("arhead.", "diffloss.", "class_emb.", "z_proj.")) for name in names):
+        if contents.kind == "arinar" or any(
+            name.startswith(("arhead.", "diffloss.", "class_emb.", "z_proj.")) for name in names
+        ):
             raise CheckpointError(f"{path} is a model, not an autoencoder: load it with load_arinar")
         raise CheckpointError(f"{path} is not a KL autoencoder: it has no post_quant_conv.weight ({some(names)})")
     contents = states.unwrapped(path, contents, states.VAE_LANDMARK)

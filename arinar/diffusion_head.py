@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import ArinarConfig
 from .diffusion_law import forced_states
-from .diffusion_schedule import TRAIN_STEPS, NoiseSchedule, noise_schedule
+from .diffusion_schedule import TRAIN_STEPS, NoiseSchedule, noise_schedule, respacings
 from .head import Draw, Drawn
 
 FREQUENCIES = 128
@@ -30,7 +30,8 @@ class TimeEmbed(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Timesteps (N,) int64 of training -> (N, W)."""
-        return self.mlp(timestep_features(timesteps, self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(timestep_features(timesteps, dtype))  # type: ignore[no-any-return]
 
 
 def timestep_features(timesteps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,14 +107,11 @@ class DiffusionHead(nn.Module):
 
     def initialize(self, generator: torch.Generator) -> None:
         """As published: what modulates and what comes out last begin at zero."""
-        net = self.net
-        for index in (0, 2):
-            net.time_embed.mlp[index].weight.normal_(0.0, 0.02, generator=generator)
-        zeroed = [net.final_layer.linear, net.final_layer.adaLN_modulation[1]]
-        zeroed += [block.adaLN_modulation[1] for block in net.res_blocks]  # type: ignore[index]
-        for linear in zeroed:
-            linear.weight.zero_()
-            linear.bias.zero_()
+        for name, parameter in self.net.named_parameters():
+            if name in ("time_embed.mlp.0.weight", "time_embed.mlp.2.weight"):
+                parameter.normal_(0.0, 0.02, generator=generator)
+            elif "adaLN_modulation" in name or name.startswith("final_layer."):
+                parameter.zero_()
 
     def loss(self, z: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """At a random timestep of each row."""
@@ -137,32 +135,45 @@ class DiffusionHead(nn.Module):
         return squared + bound
 
     def draw(self, z_cond: Tensor, z_uncond: Tensor | None, how: Draw, forced: Tensor | None = None) -> Drawn:
-        """How many steps: ``how.sampling_steps``, or the config's. ``forced``: the states of the steps are made of the given
-        tokens, as `arinar.diffusion_law.forced_states` makes them."""
+        """How many steps: ``how.sampling_steps``, or the config's.
+
+        The law is told where it is wanted, at states that follow from the tokens alone (`_law`), not at those of the draw.
+        """
         respacing = self.config.sampling_steps if how.sampling_steps is None else how.sampling_steps
-        schedule = noise_schedule(respacing)
+        tokens = self._denoise(z_cond, z_uncond, how, noise_schedule(respacing)) if forced is None else forced
+        if not how.recorded:
+            return Drawn(tokens, (), None)
+        return Drawn(tokens, self._law(z_cond, tokens), None if z_uncond is None else self._law(z_uncond, tokens))
+
+    def _denoise(self, z_cond: Tensor, z_uncond: Tensor | None, how: Draw, schedule: NoiseSchedule) -> Tensor:
         z = z_cond if z_uncond is None else torch.cat([z_cond, z_uncond])
-        copies = 1 if z_uncond is None else 2
-        shape = (len(z_cond), self.config.token_dim)
-        states = None
-        if forced is not None:
-            states = torch.from_numpy(forced_states(forced.cpu().numpy(), respacing)).to(forced)
+        copies, shape = len(z) // len(z_cond), (len(z_cond), self.config.token_dim)
         x = _normals(how, 0, shape, z_cond)
-        parts: list[list[tuple[Tensor, Tensor]]] = []
         for number, index in enumerate(reversed(range(len(schedule)))):
-            if states is not None:
-                x = states[:, number]
-            timestep = torch.full((len(z),), int(schedule.timesteps[index]), device=z.device)
-            out = _wide(self.net(x.repeat(copies, 1), timestep, z)).chunk(copies)
+            timesteps = torch.full((len(z),), int(schedule.timesteps[index]), device=z.device)
+            cond, *uncond = _wide(self.net(x.repeat(copies, 1), timesteps, z)).chunk(copies)
+            eps, value = guided(cond, uncond[0], how.guidance_scale) if uncond else cond.chunk(2, -1)
             at = RowConstants(schedule, torch.full(shape[:1], index, device=z.device), x)
-            branches = [at.posterior(x, *branch.chunk(2, -1))[:2] for branch in out]
-            parts.append(branches)
-            eps, value = guided(out[0], out[1], how.guidance_scale) if copies == 2 else out[0].chunk(2, -1)
             mean, logvar, _ = at.posterior(x, eps, value)
             noise = _normals(how, number + 1, shape, z_cond)  # drawn at the last step too, as published, which adds none
             x = mean + (index != 0) * torch.exp(0.5 * logvar) * noise * how.temperature.to(x)[:, None]
-        cond, *uncond = (tuple(torch.stack(part, 1) for part in zip(*branch, strict=True)) for branch in zip(*parts, strict=True))
-        return Drawn(x if forced is None else forced, cond, uncond[0] if uncond else None)
+        return x
+
+    def _law(self, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """z (M, C), tokens (M, D) -> mean and log variance of each of the config's sampling steps, (M, S, D) each, at the
+        states that `arinar.diffusion_law.forced_states` makes of the tokens."""
+        respacing = respacings(self.config.sampling_steps, 1)[0]
+        schedule = noise_schedule(respacing)
+        states = torch.from_numpy(forced_states(tokens.cpu().numpy(), respacing)).to(tokens)
+        means, logvars = [], []
+        for x, index in zip(states.unbind(1), reversed(range(len(schedule))), strict=True):
+            timesteps = torch.full((len(z),), int(schedule.timesteps[index]), device=z.device)
+            eps, value = _wide(self.net(x, timesteps, z)).chunk(2, -1)
+            at = RowConstants(schedule, torch.full((len(z),), index, device=z.device), x)
+            mean, logvar, _ = at.posterior(x, eps, value)
+            means.append(mean)
+            logvars.append(logvar)
+        return torch.stack(means, 1), torch.stack(logvars, 1)
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance_scale: Tensor) -> tuple[Tensor, Tensor]:

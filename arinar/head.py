@@ -21,6 +21,7 @@ class Draw:
     `arinar.law.Law.make` makes them: then what is drawn is what the deployed graphs draw. None: the published code's
     draws, from ``generator``. law : what the draws' law depends on besides the config, as a bundle's manifest tells.
     sampling_steps : of a diffusion head, at this outer step (`arinar.diffusion_schedule.kept_timesteps`); None: the config's.
+    recorded : whether the parts of the law are wanted.
     """
 
     guidance_scale: Tensor
@@ -29,11 +30,12 @@ class Draw:
     draws: Tensor | None = None
     law: Mapping[str, int] = field(default_factory=dict)
     sampling_steps: str | None = None
+    recorded: bool = True
 
 
 class Drawn(NamedTuple):
     """M tokens (M, D), and the parts of the law that each of their S draws followed, each (M, S, ...): of the conditional
-    branch, and of the unconditional one where there is guidance."""
+    branch, and of the unconditional one where there is guidance. (Empty where they were not wanted and cost something.)"""
 
     tokens: Tensor
     cond: tuple[Tensor, ...]

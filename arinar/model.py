@@ -64,7 +64,9 @@ class Arinar(nn.Module):
         ValueError for another head.
         """
         if not isinstance(self.head, GmmHead):
-            raise ValueError(f"a {self.config.head} head draws from no mixture: its training loss is model.head.loss(z, tokens)")
+            raise ValueError(
+                f"a {self.config.head} head draws from no mixture: its training loss is model.head.loss(z, tokens)"
+            )
         result: Mixture = self.head(z, features)
         return result
 

@@ -54,15 +54,15 @@ def refuse_other_heads(path: Path, state: Mapping[str, Tensor], args: Mapping[st
     if isinstance(backbone, str) and backbone.startswith("var"):
         raise CheckpointError(f"{path} has the backbone {_bare(backbone)}; only the masked MAR backbone is supported")
     diffusion = diffusion_head.has_diffusion_head(state)
-    head_type = args.get("head_type", "diff_loss" if diffusion else "ar_gmm")
-    if head_type == "diff_loss" and not diffusion:
+    told, held = args.get("head_type"), "diff_loss" if diffusion else "ar_gmm"
+    if told not in (None, "ar_gmm", "diff_loss"):
+        name = _HEAD_TYPES.get(told, "unknown") if isinstance(told, str) else "unknown"
+        raise CheckpointError(f"{path} has the head {_bare(told)} ({name}); {_ONLY_THESE}")
+    if told not in (None, held):
         raise CheckpointError(
-            f"{path} has the head diff_loss (MAR's diffusion), but no such weights: {diffusion_head.LANDMARK} is missing, or "
-            f"has not two rows for each feature"
+            f"{path}: its saved args say head_type {told}, its weights {'have' if diffusion else 'lack'} MAR's diffusion head "
+            f"({diffusion_head.LANDMARK} with two rows for each feature); {_ONLY_THESE}"
         )
-    if head_type != ("diff_loss" if diffusion else "ar_gmm"):
-        name = _HEAD_TYPES.get(head_type, "unknown") if isinstance(head_type, str) else "unknown"
-        raise CheckpointError(f"{path} has the head {_bare(head_type)} ({name}); {_ONLY_THESE}")
     if diffusion:
         return
     for prefix, name in _HEAD_KEYS.items():
@@ -80,7 +80,9 @@ def refuse_other_heads(path: Path, state: Mapping[str, Tensor], args: Mapping[st
     if projection is not None and projection.ndim == 2:
         group = projection.shape[1]
     if group != 1:
-        raise CheckpointError(f"{path} generates {shown(group)} features at a time (feature_group {shown(group)}); {_ONLY_THESE}")
+        raise CheckpointError(
+            f"{path} generates {shown(group)} features at a time (feature_group {shown(group)}); {_ONLY_THESE}"
+        )
 
 
 def guess_heads(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[int | None, str]:
@@ -149,8 +151,9 @@ def infer_arinar(
     saved = args or {}
     shapes = _read_shapes(path, state)
     outer = _outer_entries(path, state, saved, shapes, outer_heads)
+    warned: list[str] = []
     if diffusion_head.has_diffusion_head(state):
-        heads_source, warned = "", []
+        heads_source = ""
         head = diffusion_head.head_entries(path, state)
         defaults, notes = diffusion_head.defaults(args, shapes.widths["decoder"], shapes.length)
     else:

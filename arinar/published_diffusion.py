@@ -48,7 +48,9 @@ def defaults(args: Mapping[str, Any] | None, width: int, seq_len: int) -> tuple[
     found, notes = versions.defaults(saved, seq_len, divides=False)
     if "default_guidance_scale" not in found and width in _GUIDANCE:
         found["default_guidance_scale"] = _GUIDANCE[width]
-        notes.append(f"guidance {_GUIDANCE[width]} is what MAR recommends for its model of this width; the weights do not show it")
+        notes.append(
+            f"guidance {_GUIDANCE[width]} is what MAR recommends for its model of this width; the weights do not show it"
+        )
     steps, note = _sampling_steps(saved)
     return found | {"sampling_steps": steps}, [*notes, note]
 
@@ -73,9 +75,9 @@ def _sampling_steps(saved: Mapping[str, Any]) -> tuple[str, str]:
 def notes(config: Any) -> list[str]:
     """How the head's network was settled, and what the weights cannot tell."""
     return [
-        f"diffusion head: width {config.inner_width} (rows of input_proj) and depth {config.inner_depth} (number of res_blocks) "
-        f"are the weights'; that z is of {config.decoder_depth} blocks too: MAR's sizes have 12, 16 and 20 a side, ARINAR's 14 "
-        f"and more",
+        f"diffusion head of width {config.inner_width} (rows of input_proj) and depth {config.inner_depth} (number of "
+        f"res_blocks) behind {config.encoder_depth} + {config.decoder_depth} blocks, as the weights have it (MAR's sizes have "
+        f"12, 16 and 20 a side, ARINAR's 14 and more)",
         "not known from the weights: attention heads of the outer network, patch_size, vae_stride, the latents' scale, and the "
         "sampling steps",
     ]

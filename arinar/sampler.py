@@ -117,7 +117,7 @@ def sample(
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
         scale_rows, heat_rows = (value.repeat_interleave(step.count) for value in (guidance, heats.to(device)))
-        how = Draw(scale_rows, heat_rows, generator, draws, law or {}, chains[step.index])
+        how = Draw(scale_rows, heat_rows, generator, draws, law or {}, chains[step.index], record is not None)
         drawn = model.head.draw(z_cond, z_uncond, how, target)
         tokens[rows, positions] = drawn.tokens.reshape(*positions.shape, -1)
         if record is not None:

@@ -90,8 +90,8 @@ class HeadStep(nn.Module):
 
     def normed(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """With float32 statistics."""
-        affine = [None if part is None else wide(part) for part in (norm.weight, norm.bias)]
-        return F.layer_norm(wide(x), x.shape[-1:], *affine, norm.eps).to(x.dtype)
+        weight, bias = (None if part is None else wide(part) for part in (norm.weight, norm.bias))
+        return F.layer_norm(wide(x), x.shape[-1:], weight, bias, norm.eps).to(x.dtype)
 
     def advance(
         self, x: Tensor, eps: Tensor, value: Tensor, constants: Tensor, noise: Tensor, temperature: Tensor

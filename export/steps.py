@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ MASKED_SCORE = -3.0e4
 ArinarT = TypeVar("ArinarT", bound=Arinar)
 
 
-def half_precision(model: ArinarT, float32_islands: Callable[[nn.Module], Sequence[nn.Module]]) -> ArinarT:
+def half_precision(model: ArinarT, float32_islands: Callable[[Any], Sequence[nn.Module]]) -> ArinarT:
     """A float16 copy of a transformer; what its float32 islands hold (norms, those of the head) keeps its float32 values.
 
     Raises ValueError naming a weight that float16 cannot hold.

@@ -70,9 +70,9 @@ class Batch:
 class Sampling:
     """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
 
-    config: the model's, with the sampling steps of the request; labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
-    noise: every random number, where the caller gave it; batch_size: images of a micro-batch, size: the same where the
-    caller did not say (short ones are then not filled up).
+    config: the model's, with the request's sampling steps; labels (n,) int64; guidance_scale, temperature (n,) float64;
+    indices (n,): the images' places in the seed's sequence; noise: every random number, where the caller gave it;
+    batch_size: images of a micro-batch, size: the same where the caller did not say (short ones are then not filled up).
     """
 
     config: ArinarConfig
@@ -143,9 +143,14 @@ class Sampling:
     def plan(self) -> list[Step]:
         return steps(self.config.seq_len, self.num_iter)
 
+    @property
+    def sampling_steps(self) -> str | None:
+        """Of a diffusion head."""
+        return self.config.sampling_steps if self.config.head == "diffusion" else None
+
     def settings(self, row: int = 0) -> dict[str, Any]:
         """What determines image ``row``, its label, seed and index left out. JSON-ready."""
-        own = {"sampling_steps": self.config.sampling_steps} if self.config.head == "diffusion" else {}
+        own = {} if self.sampling_steps is None else {"sampling_steps": self.sampling_steps}
         return {
             "guidance_scale": float(self.guidance_scale[row]),
             "cfg_schedule": self.cfg_schedule,

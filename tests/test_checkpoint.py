@@ -384,7 +384,7 @@ def test_sampling_schedule_of_the_args_is_noted(tmp_path: Path, silent: None, pu
         ),
         ({"head_type": "ar_rect_flow"}, "rectified flow"),
         ({"head_type": "ar_byte"}, "bytes"),
-        ({"head_type": "diff_loss"}, r"head diff_loss \(MAR's diffusion\), but no such"),
+        ({"head_type": "diff_loss"}, "head_type diff_loss, its weights lack MAR's diffusion head"),
         ({"head_type": "gmm_cov_wo_ar"}, "full-covariance"),
         ({"head_type": "surprise"}, r"head surprise \(unknown\)"),
         ({"use_nf": True}, "normalising flow"),

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_golden import DTYPES, arrays, suffix, tensor
+from test_golden import DTYPES, arrays, tensor
 from torch import Tensor
 
 from arinar.checkpoint import load_arinar
@@ -168,7 +168,9 @@ def test_network(head: DiffusionHead, data: dict[str, np.ndarray], dtype: torch.
 @pytest.mark.parametrize("scale", [2.9, 1.0, 0.0])
 def test_guidance(head: DiffusionHead, data: dict[str, np.ndarray], dtype: torch.dtype, scale: float) -> None:
     timesteps = tensor(data["cfg_t"], torch.int64)
-    cond, uncond = (head.net(tensor(data["cfg_x"], dtype), timesteps, tensor(data[f"cfg_z_{b}"], dtype)) for b in ("cond", "uncond"))
+    cond, uncond = (
+        head.net(tensor(data["cfg_x"], dtype), timesteps, tensor(data[f"cfg_z_{b}"], dtype)) for b in ("cond", "uncond")
+    )
     reference = data[f"cfg_out_s{scale:.1f}_f64".replace(".", "p", 1)][: len(cond)]
     assert_near(torch.cat(guided(cond, uncond, torch.full((len(cond),), scale, dtype=torch.float64)), 1), reference)
 
@@ -230,7 +232,9 @@ def test_training_loss(golden: Path, model: Arinar, data: dict[str, np.ndarray],
     assert_near(masked_mean(rows, mask.flatten().repeat(copies)), data["mar_loss_f64"], f32=5e-4)
 
 
-def test_the_variance_is_trained_without_moving_the_noise(head: DiffusionHead, data: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+def test_the_variance_is_trained_without_moving_the_noise(
+    head: DiffusionHead, data: dict[str, np.ndarray], dtype: torch.dtype
+) -> None:
     """The bound's gradient reaches the variance value alone: that of eps is the squared error's."""
     z, tokens, noise = (tensor(data[f"train_{name}"], dtype) for name in ("z", "x0", "noise"))
     timesteps = tensor(data["train_t"], torch.int64)
