@@ -383,7 +383,7 @@ PRESETS: dict[str, ArinarConfig] = {
     "base-causal": ArinarConfig(outer="causal", encoder_depth=0, decoder_depth=28),
     "digits": _DIGITS,
     "digits-causal": _DIGITS.replace(outer="causal", encoder_depth=0, decoder_depth=6, default_num_iter=16),
-    "digits-mar": _DIGITS.replace(**_mar(128, 3), sampling_steps="50"),
+    "digits-mar": _DIGITS.replace(**_mar(128, 3), sampling_steps="ddim25", default_guidance_scale=3.0),
 }
 
 #: Autoencoders that belong to the presets: `kl16` is the published one.

@@ -57,7 +57,7 @@ LEAST_PSNR = 20.0
 JUDGE_BATCH = 100
 
 #: What :func:`train_demo` trains. Their recipes are the defaults of :func:`train_vae` and :func:`train_arinar`.
-DEMO_NAMES = ("digits-vae", "digits", "digits-causal")
+DEMO_NAMES = ("digits-vae", "digits", "digits-causal", "digits-mar")
 
 # Masks for images of few tokens: the published range would leave them without training for the last sampling steps.
 # With the published number of tokens the model generalises to those; with 16 tokens, 0.7 means 4 known at most.
@@ -208,7 +208,8 @@ def train_arinar(
     on_eval: OnEval | None = None,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train a model of either kind and write the averaged weights with the lowest held-out NLL to ``out``.
+    """Train a model of any kind and write the averaged weights with the lowest held-out loss to ``out``. (Of a Gaussian
+    mixture head the loss is the NLL per token; of a diffusion head it is that of `DiffusionHead.loss_at`.)
 
     The images are encoded once, in ``augmented_copies`` randomly changed copies beside the original; each step draws
     latents from the posterior of a random copy. ``latent_shift`` and ``latent_scale`` are set per channel so that the
@@ -227,7 +228,7 @@ def train_arinar(
         images of fewer than 64 tokens.
     accept_reconstruction : train also where the autoencoder reconstructs the images badly, below LEAST_PSNR.
     device : None means CUDA where there is one (bfloat16 where it has it), else the CPU.
-    on_eval : called with (steps done, mean training loss, held-out NLL per token) at each evaluation.
+    on_eval : called with (steps done, mean training loss, held-out loss) at each evaluation.
     overwrite : train anew where ``out`` is there already.
 
     Raises ValueError for unsuitable arguments or data, where ``out`` cannot be written or is there already, and where the
@@ -265,7 +266,7 @@ def train_arinar(
             "data": dataset.fingerprint(),
         }
         fit = Fit(model, optimization, task.loss, task.evaluate if len(aside) else None, seed, identity, target)
-        return _carry_out(fit, watch, Path(out), save_arinar, "held_out_nll", dataset)
+        return _carry_out(fit, watch, Path(out), save_arinar, held_out_name(model_config), dataset)
 
 
 @torch.no_grad()
@@ -385,7 +386,7 @@ def _carry_out(fit: Fit, watch: Watch, out: Path, save: Callable[..., None], mea
 
 
 def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **changes: Any) -> TrainResult:
-    """Train a demo model ("digits", "digits-causal") or its autoencoder ("digits-vae") as the shipped one was.
+    """Train a demo model ("digits", "digits-causal", "digits-mar") or its autoencoder ("digits-vae") as the shipped one was.
 
     ``changes`` are keyword arguments of :func:`train_vae` or :func:`train_arinar` that differ from the defaults. A
     finished model is judged on ``judged_samples`` samples at its default settings (0: not at all), and the result
@@ -412,9 +413,14 @@ def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **chan
             "judged_samples": str(found.images),
         }
         if result.held_out is not None:
-            metadata["held_out_nll"] = f"{result.held_out:.4f}"
+            metadata[held_out_name(model.config)] = f"{result.held_out:.4f}"
         save_arinar(out, model, metadata=metadata)
     return result
+
+
+def held_out_name(config: ArinarConfig) -> str:
+    """What the held-out loss of a model is called in its file's metadata."""
+    return "held_out_nll" if config.head == "gmm" else "held_out_loss"
 
 
 def judge_samples(

@@ -39,7 +39,7 @@ class HeadCondition(nn.Module):
         self.cond_embed = head.net.cond_embed
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (M, C) float32 -> condition (M, W)."""
+        """z (N, C) float32 -> condition (N, W), of all branches' rows."""
         return self.cond_embed(z.to(self.cond_embed.weight.dtype))  # type: ignore[no-any-return]
 
 
@@ -136,10 +136,10 @@ def specs(head: DiffusionHead, law: Mapping[str, int]) -> list[GraphSpec]:
         GraphSpec(
             "head_condition",
             HeadCondition(head),
-            (tensor("z", ("M", config.z_width)),),
-            (condition,),
+            (tensor("z", ("N", config.z_width)),),
+            (tensor("condition", ("N", config.inner_width), dtype),),
             {},
-            rows,
+            tuple({"N": row["M"]} for row in rows),
             phase="head",
         ),
         *(
