@@ -60,7 +60,7 @@ def noise_schedule(respacing: str = "") -> NoiseSchedule:
     return NoiseSchedule(
         timesteps=timesteps,
         betas=betas,
-        alphas_cumprod=alphas_cumprod,
+        alphas_cumprod=np.asarray(alphas_cumprod, np.float64),
         sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
         sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - alphas_cumprod),
         sqrt_recip_alphas_cumprod=np.sqrt(1.0 / alphas_cumprod),
