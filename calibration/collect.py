@@ -130,6 +130,7 @@ class RecordingBackend(OnnxRuntimeCpu):
         self._unread = head_class(bundle.manifest.config).unread
         # Slot, the sample, and which rows of the launches it is made of.
         self._pending: tuple[int, StepSample, Array] | None = None
+        resumed = bool(recording.done)
         for name in layer_graphs(self._graphs):
             graph = self._parsed[name] = Graph.load(bundle.graph_path(self._graphs[name]))
             tensors = self._ready(self._graphs[name], self.threads)[1]
@@ -138,6 +139,7 @@ class RecordingBackend(OnnxRuntimeCpu):
             _agree(f"maxima of {name}", maxima.shape, (len(tensors), num_steps))
             for layer in graph.layers.values():
                 made = TensorStatistics(len(layer.weight), num_steps)
+                _agree(f"layer {layer.name}", layer.name in recording.layers or not resumed, True)
                 kept = recording.layers.setdefault(layer.name, made)
                 _agree(f"statistics of {layer.name}", (kept.channels, kept.steps), (made.channels, made.steps))
 
