@@ -1,6 +1,6 @@
 """The reference sampler: the published algorithm step by step in plain PyTorch, which parity is measured against.
 
-Nothing here is optimised: conditioning is recomputed for each feature, every position goes through the last block,
+Nothing here is optimised: conditioning is recomputed for each draw, every position goes through the last block,
 guidance draws 1000 proposals, as the published code does.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .diffusion_schedule import respacings
 from .head import Draw
 from .model import Arinar, CausalArinar
 from .schedule import Step, check_cfg_schedule, guidance_at, steps
@@ -65,6 +66,7 @@ def sample(
     cfg_schedule: str = "linear",
     temperature: float | Sequence[float] = 1.0,
     num_iter: int | None = None,
+    sampling_steps: str | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     noise: NoiseLike | None = None,
@@ -83,6 +85,7 @@ def sample(
     guidance_scale : >= 1, one for all or one per label; exactly 1 for all runs no unconditional branch.
     temperature : > 0, one for all or one per label; multiplies the component std of the proposals.
     num_iter : outer steps, 1..L; None means the config's default. A causal model always takes L.
+    sampling_steps : of a diffusion head (`arinar.diffusion_schedule.respacings`); None means the config's.
     seed : without ``noise``, draws are the published code's (1000 normal proposals per guided feature), made on the CPU.
     generator : takes the seed's place; draws are made on its device.
     noise : every random number, explicitly; draws then follow the deployed sampler (same law, a few uniforms per
@@ -117,6 +120,7 @@ def sample(
     if known is not None:
         unknown, order = _start_from(known, tokens, order, fixed=isinstance(model, CausalArinar))
     plan = steps(length, _num_iter(model, num_iter), unknown)
+    chains = respacings(config.sampling_steps if sampling_steps is None else sampling_steps, len(plan))
     outer = _Outer(model, _classes(labels, config.num_classes).to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
     rows = torch.arange(batch, device=device)[:, None]
@@ -127,7 +131,8 @@ def sample(
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
         scale_rows, heat_rows = (value.repeat_interleave(step.count) for value in (guidance, heats.to(device)))
-        drawn = model.head.draw(z_cond, z_uncond, Draw(scale_rows, heat_rows, generator, draws, law or {}), target)
+        how = Draw(scale_rows, heat_rows, generator, draws, law or {}, chains[step.index], record is not None)
+        drawn = model.head.draw(z_cond, z_uncond, how, target)
         tokens[rows, positions] = drawn.tokens.reshape(*positions.shape, -1)
         if record is not None:
             record(StepRecord(step, positions, z_cond, z_uncond, drawn.cond, drawn.uncond, drawn.tokens, guidance))

@@ -46,7 +46,7 @@ FP16_MARGIN = 0.25
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a precision map: divergence per feature (mean, and of the worst one in a hundred), largest error of z."""
+    """Of a precision map: divergence per draw (mean, and of the worst one in a hundred), largest error of z."""
 
     kl: float
     kl_worst: float

@@ -12,7 +12,7 @@ from arinar.runtime.bundle import TensorInfo
 from arinar.runtime.labels import MOST_CLASSES
 from arinar.vae import AutoencoderKL
 
-from . import gmm_head
+from . import diffusion_head, gmm_head
 from .spec import GraphSpec, cache_tensors, tensor
 from .steps import (
     CausalPrefill,
@@ -29,9 +29,9 @@ from .trace import DEFAULT_OPSET
 # From here on ONNX has an operator that writes a row into a cache (TensorScatter).
 IN_PLACE_OPSET = 24
 
-#: Head, as the config names it -> the module with its graphs. Each has LAW, COMPOSED, float32_islands, specs, composed_spec,
-#: in_float16, reference and compose, as `gmm_head` documents them.
-HEADS: dict[str, ModuleType] = {"gmm": gmm_head}
+#: Head, as the config names it -> the module with its graphs. Each has LAW, COMPOSED, float32_islands and specs, as `gmm_head`
+#: documents them, and, where it composes graphs, composed_spec, in_float16, reference and compose.
+HEADS: dict[str, ModuleType] = {"gmm": gmm_head, "diffusion": diffusion_head}
 
 
 def graph_specs(

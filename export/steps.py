@@ -6,7 +6,7 @@ between steps. Hence the (V, B, ...) layouts here, turned to batch first inside 
 
 Letters: B images, G guidance branches (1, or 2: conditional then unconditional), L tokens, V visible, P to predict
 now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K Gaussians, H heads, N rows. Those of
-the head are in a file of its own (`arinar.export.gmm_head`).
+the heads are in files of their own (`arinar.export.gmm_head`, `arinar.export.diffusion_head`).
 
 Half precision is written here, not left to a converter: weights and GEMMs run in the module's dtype, while norms,
 softmax, the mixture head and everything after it stay in float32.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ MASKED_SCORE = -3.0e4
 ArinarT = TypeVar("ArinarT", bound=Arinar)
 
 
-def half_precision(model: ArinarT, float32_islands: Callable[[nn.Module], Sequence[nn.Module]]) -> ArinarT:
+def half_precision(model: ArinarT, float32_islands: Callable[[Any], Sequence[nn.Module]]) -> ArinarT:
     """A float16 copy of a transformer; what its float32 islands hold (norms, those of the head) keeps its float32 values.
 
     Raises ValueError naming a weight that float16 cannot hold.

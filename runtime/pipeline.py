@@ -80,7 +80,7 @@ class Pipeline:
     May be used from several threads: calls take turns. It belongs to the process that loaded it.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, precision: str, inner: str = "fused") -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, precision: str, inner: str | None = None) -> None:
         self.bundle, self.backend, self.precision = bundle, backend, precision
         self.loop = Loop(backend, bundle.manifest.precision_graphs(precision), bundle.manifest.config, inner)
         self._lock, self._busy, self._process = threading.RLock(), 0, os.getpid()
@@ -93,7 +93,7 @@ class Pipeline:
         *,
         backend: str | None = None,
         precision: str | None = None,
-        inner: str = "fused",
+        inner: str | None = None,
         verify: bool = True,
         **options: Any,
     ) -> Pipeline:
@@ -104,7 +104,8 @@ class Pipeline:
         path : the bundle's folder.
         backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
         precision : which of the bundle's variants; None means fp32, or the only one.
-        inner : "fused" (one graph for all features of a token) or "stepwise" (a graph per feature, KV cache outside).
+        inner : of a Gaussian mixture head, "fused" (the default: one graph for all features of a token) or "stepwise" (a
+            graph per feature, KV cache outside); a diffusion head is always "stepwise".
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
         options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU (see the backends'
             classes).
@@ -133,6 +134,7 @@ class Pipeline:
         cfg_schedule: str | None = None,
         temperature: float | Sequence[float] | None = None,
         num_iter: int | None = None,
+        sampling_steps: str | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -155,8 +157,11 @@ class Pipeline:
         guidance_scale : classifier-free guidance, at least 1; 1 runs no unconditional branch. One for all, or one per
             label.
         cfg_schedule : "linear" or "constant".
-        temperature : above 0, multiplies the component std. One for all, or one per label.
+        temperature : above 0, multiplies the component std (of a diffusion head: the steps' noise). One for all, or one per
+            label.
         num_iter : outer steps, 1..L; a causal model takes L, one token a step.
+        sampling_steps : of a diffusion head: "100", "ddim25", or "25-5" for fewer in later outer steps
+            (`arinar.diffusion_schedule.kept_timesteps`, `respacings`).
         seed : 0..2**64-1. Ignored when ``noise`` is given.
         indices : the images' indices in the seed's sequence; default 0, 1, ... `generate([5], seed=0, indices=[7])` is image
             7 of a run with seed 0.
@@ -179,6 +184,7 @@ class Pipeline:
             cfg_schedule=cfg_schedule,
             temperature=temperature,
             num_iter=num_iter,
+            sampling_steps=sampling_steps,
             seed=seed,
             indices=indices,
             noise=noise,

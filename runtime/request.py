@@ -31,8 +31,9 @@ class Batch:
     """One micro-batch of B images: all that the loop knows of a request.
 
     classes : what each is to be of. noise : of B images. guidance_scale, temperature : (B,) float64, image by image.
-    cfg_schedule : how guidance grows over the steps. plan : the outer steps. known : tokens that are given, as many of
-    every image; their positions are the end of the noise's order.
+    cfg_schedule : how guidance grows over the steps. plan : the outer steps. sampling_steps : of a diffusion head, as
+    `arinar.diffusion_schedule.respacings` reads it. known : tokens that are given, as many of every image; their positions
+    are the end of the noise's order.
 
     All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed.
     """
@@ -43,6 +44,7 @@ class Batch:
     temperature: npt.NDArray[np.float64]
     cfg_schedule: str
     plan: list[Step]
+    sampling_steps: str = ""
     known: Known | None = None
 
     def __len__(self) -> int:
@@ -77,9 +79,10 @@ class Batch:
 class Sampling:
     """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
 
-    classes: what each is to be of; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's
-    sequence; noise: every random number, where the caller gave it; known: tokens that are given; batch_size: images of a
-    micro-batch, size: the same where the caller did not say (short ones are then not filled up).
+    config: the model's, with the request's sampling steps; classes: what each is to be of; guidance_scale, temperature (n,)
+    float64; indices (n,): the images' places in the seed's sequence; noise: every random number, where the caller gave it;
+    known: tokens that are given; batch_size: images of a micro-batch, size: the same where the caller did not say (short
+    ones are then not filled up).
     """
 
     config: ArinarConfig
@@ -106,6 +109,7 @@ class Sampling:
         cfg_schedule: str | None = None,
         temperature: Any = None,
         num_iter: int | None = None,
+        sampling_steps: str | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -113,6 +117,7 @@ class Sampling:
         known: Known | None = None,
     ) -> Sampling:
         """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
+        config = with_sampling_steps(config, sampling_steps)
         ids = Labels.of(labels, config)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         heat = defaults.temperature if temperature is None else temperature
@@ -162,13 +167,20 @@ class Sampling:
         length = np.full(len(self), self.config.seq_len)
         return length if self.known is None else length - self.known.counts
 
+    @property
+    def sampling_steps(self) -> str | None:
+        """Of a diffusion head."""
+        return self.config.sampling_steps if self.config.head == "diffusion" else None
+
     def settings(self, row: int = 0) -> dict[str, Any]:
         """What determines image ``row``, its label, seed and index left out. JSON-ready."""
+        own = {} if self.sampling_steps is None else {"sampling_steps": self.sampling_steps}
         return {
             "guidance_scale": float(self.guidance_scale[row]),
             "cfg_schedule": self.cfg_schedule,
             "temperature": float(self.temperature[row]),
             "num_iter": self.num_iter,
+            **own,
         }
 
     def batches(self) -> Iterator[Part]:
@@ -216,6 +228,7 @@ class Sampling:
             self.temperature[chosen],
             self.cfg_schedule,
             steps(self.config.seq_len, self.num_iter, unknown),
+            self.config.sampling_steps,
             known,
         )
 
@@ -227,6 +240,15 @@ class Part(NamedTuple):
     rows: list[int]
     places: list[int]
     batch: Batch
+
+
+def with_sampling_steps(config: ArinarConfig, value: Any) -> ArinarConfig:
+    """The config with so many sampling steps, of a diffusion head; None: as it is."""
+    if value is None:
+        return config
+    if config.head != "diffusion":
+        raise ValueError(f"sampling_steps is {shown(value)}; this model's head draws each feature at once: leave it out")
+    return config.replace(sampling_steps=value)
 
 
 def per_label(name: str, value: Any, count: int, least: float, *, strict: bool = False) -> npt.NDArray[np.float64]:

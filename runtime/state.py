@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,15 @@ class State:
 
     Their addresses never change, so a backend may record the launches on them (under ``owner``) and replay them.
     Letters as in `arinar.export.steps`: B images, G branches, L tokens, D features, C outer width; ``count``: most
-    positions of a step; 0 where nothing is generated, only decoded (then without the buffers of outer and head).
+    positions of a step; 0 where nothing is generated, only decoded (then without the buffers of outer and head);
+    ``drawing``: what the head's buffers and launches depend on besides (`Head.shape`).
     """
 
     owner: int
     batch: int
     branches: int
     count: int
+    drawing: Hashable
     # What goes up per micro-batch.
     order: Any  # (L, B) int64
     ranks: Any  # (B, L) int64, where in the order each grid position stands
@@ -50,7 +53,9 @@ class State:
         return self.branches == 2
 
 
-def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, branches: int, count: int) -> State:
+def allocate(
+    backend: Backend, config: ArinarConfig, owner: int, batch: int, branches: int, count: int, drawing: Hashable
+) -> State:
     """Buffers of every model; outer and head add their own."""
     length, features, side = config.seq_len, config.token_dim, config.grid_size * config.patch_size
     return State(
@@ -58,6 +63,7 @@ def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, bra
         batch=batch,
         branches=branches,
         count=count,
+        drawing=drawing,
         order=backend.empty((length, batch), "int64"),
         ranks=backend.empty((batch, length), "int64"),
         labels=backend.empty((branches, batch), "int64"),

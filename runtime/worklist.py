@@ -81,6 +81,7 @@ class Worklist:
                 temperature=sampling.temperature[indices].tolist(),
                 cfg_schedule=sampling.cfg_schedule,
                 num_iter=sampling.num_iter,
+                sampling_steps=sampling.sampling_steps,
                 seed=sampling.seed,
                 indices=indices,
                 batch_size=sampling.batch_size,

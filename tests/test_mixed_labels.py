@@ -158,7 +158,7 @@ def test_parity_of_mixtures(pipeline: Pipeline) -> None:
 
     name = "digits" if pipeline.config.outer == "masked" else "digits-causal"
     model, vae, labels = load_arinar(name), load_vae(name), [{3: 0.5, 8: 0.5}, 7]
-    report = run_parity(pipeline, model, vae, labels=labels, num_iter=4)
+    report = run_parity(pipeline, model, vae, labels=labels)
     assert report.passed, report.table()
     with pytest.raises(ValueError, match="labels has images of several classes"):
         run_parity(pipeline, model, vae, labels=labels, distribution=100)
