@@ -156,7 +156,7 @@ def test_images_on_a_gpu_are_the_cpus(
 
 
 def test_edits_on_a_gpu_are_the_cpus(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers of unknown tokens at other places of plans of the same length, whose steps draw otherwise."""
+    """In 9 steps, 16 and 14 unknown tokens come by 13 at different steps, which draw in different numbers of steps."""
     folder = Path(shutil.copytree(bundle, tmp_path / "b"))
     make_engines(Bundle.open(folder))
     runtime = FakeCudaRuntime()
@@ -164,10 +164,10 @@ def test_edits_on_a_gpu_are_the_cpus(bundle: Path, tmp_path: Path, monkeypatch: 
     device, host = gpu(folder, runtime, cuda_graphs=True), cpu(folder)
     tokens = host.generate(LABELS, seed=1).tokens
     length = host.config.seq_len
-    for count in (0, length // 2, 0, length // 2, length // 2, length, 0):
+    for count in (0, 0, 2, 2, 0, 2, length, 0):
         known = Known(tokens, np.tile(np.arange(length) < count, (len(LABELS), 1)))
         for steps in ("8-2", "ddim2"):
-            arguments: dict[str, Any] = {"seed": count, "known": known, "sampling_steps": steps, "num_iter": 4}
+            arguments: dict[str, Any] = {"seed": count, "known": known, "sampling_steps": steps, "num_iter": 9}
             ours, theirs = (pipeline.generate(LABELS, **arguments).tokens for pipeline in (device, host))
             assert np.array_equal(ours, theirs)
 
