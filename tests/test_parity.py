@@ -94,7 +94,7 @@ def test_unguided_and_causal_models_pass_too(
 @pytest.mark.parametrize("kind", ["digits", "digits-causal"])
 def test_an_edit_is_compared_as_well(demo_bundle: Any, kind: str) -> None:
     pipeline, model, vae = Pipeline.load(demo_bundle(kind), threads=1), load_arinar(kind), load_vae(kind)
-    few: dict[str, Any] = {"labels": [3, 7], "num_iter": 3, "guidance_scale": 2.0}
+    few: dict[str, Any] = {"labels": [3, 7], "num_iter": 3 if kind == "digits" else None, "guidance_scale": 2.0}
     plain, edited = (run_parity(pipeline, model, vae, edit=edit, **few) for edit in (False, True))
     assert edited.passed, edited.table()
     added = [c for c in edited.checks if c not in plain.checks]
