@@ -23,6 +23,7 @@ PLAIN = {
     f"arinar.{name}"
     for name in (
         "config",
+        "demo",
         "diffusion_law",
         "diffusion_schedule",
         "files",

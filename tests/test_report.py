@@ -115,7 +115,7 @@ def test_the_control_is_drawn_beside_and_said(report: ParityReport) -> None:
 
 def test_limits_are_drawn_and_an_empty_plot_is_not(report: ParityReport) -> None:
     text = render(report)
-    assert "limit of z: 0.1" in text and "limit of the parameters: 0.5" in text and "limit of the worst mixture: 0.5" in text
+    assert "limit of z: 0.1" in text and "limit of the parameters: 0.5" in text and "limit of the worst draw: 0.5" in text
     assert "Outer step at which an image first parts" in text
     report.histograms["divergence step"] = [0, 0, 0]
     report.curves["diverged"] = [0.0, 0.0, 0.0]
