@@ -12,7 +12,7 @@ import pytest
 import arinar
 
 ROOT = Path(arinar.__file__).parent
-NAMES = ("runtime", "export", "calibration", "measure", "cli")
+NAMES = ("runtime", "export", "calibration", "measure", "serve", "cli")
 # Installed, the rooms are inside the package; in a checkout they are its siblings.
 ROOMS = {
     "arinar": ROOT,
@@ -37,10 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"arinar", "runtime"},
     "calibration": {"arinar", "runtime", *(name for name in TORCH_FREE if name.startswith("arinar.export."))},
     "measure": {"arinar", "runtime", "export", "calibration"},
-    "cli": {"arinar", "runtime", "export", "calibration", "measure"},
+    "serve": {"runtime"},
+    "cli": {"arinar", "runtime", "export", "calibration", "measure", "serve"},
 }
 #: A torch-free module stays among these.
-LIGHT_ROOMS = ("runtime", "cli")
+LIGHT_ROOMS = ("runtime", "serve", "cli")
 HEAVY = ("torch", "onnx", "onnxscript", "safetensors", "sklearn", "scipy", "polygraphy")
 
 
