@@ -1,0 +1,177 @@
+"""What is asked for and answered, in OpenAI's shape with a few parameters of our own; unknown ones are refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from arinar.reading import parse_json
+from arinar.runtime import Pipeline
+from arinar.runtime.request import Sampling
+
+from .classes import Classes
+from .errors import invalid, of_value, unknown
+
+#: Images of one request.
+MOST_IMAGES = 64
+#: Previews of one image.
+MOST_PREVIEWS = 256
+#: Seeds that are drawn here can be written as a number by every program (JavaScript's hold 53 bits).
+SEEDS = 1 << 32
+#: What other programs call our parameters.
+MEANT = {
+    "num_inference_steps": "num_iter",
+    "num_steps": "num_iter",
+    "steps": "num_iter",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "class_labels": "labels",
+    "class_id": "prompt",
+    "label": "labels",
+    "negative_prompt": "prompt",
+    "num_images": "n",
+    "index": "indices",
+}
+
+
+class ImageRequest(BaseModel):
+    """The parameters that generating and editing share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(None, description="The served model's name; see /v1/models.")
+    prompt: str | int | None = Field(None, description="A class: its id, or its name where that is one class's alone.")
+    labels: Annotated[list[int], Field(min_length=1, max_length=MOST_IMAGES)] | None = Field(
+        None, description="Class ids, one for each image; in place of prompt and n."
+    )
+    n: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = Field(None, description="Images. [default: 1, or one a label]")
+    size: str | None = Field(None, description="The model's own size, or auto.")
+    response_format: Literal["b64_json"] | None = Field(None, description="Images come inside the answer.")
+    output_format: Literal["png"] | None = None
+    seed: int | None = Field(None, description="0..2**64-1. [default: a random one, told in the answer]")
+    indices: Annotated[list[int], Field(max_length=MOST_IMAGES)] | None = Field(
+        None, description="The images' places in the seed's sequence. [default: 0, 1, ...]"
+    )
+    guidance_scale: float | None = Field(None, description="Classifier-free guidance, at least 1.")
+    cfg_schedule: str | None = Field(None, description="linear or constant: how guidance grows over the steps.")
+    temperature: float | None = Field(None, description="Above 0; multiplies the std of what is drawn.")
+    num_iter: int | None = Field(None, description="Outer steps.")
+    stream: bool | None = Field(None, description="Server-sent events: each step, then the images.")
+    partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = Field(
+        None, description="With stream: how often the unfinished images are shown."
+    )
+    user: str | None = Field(None, max_length=256, description="Goes into the log.")
+
+    def classes(self, classes: Classes) -> list[int]:
+        """The class of each image. Raises ApiError."""
+        if self.labels is not None:
+            if self.prompt not in (None, ""):
+                raise invalid("prompt and labels are both given; labels holds the class of every image", "prompt")
+            if self.n not in (None, len(self.labels)):
+                raise invalid(f"n is {self.n} for {len(self.labels)} labels; leave it out: there is one image a label", "n")
+            return self.labels
+        if self.prompt in (None, ""):
+            raise invalid("prompt is missing; give a class id or name (or labels, a list of ids)", "prompt", "missing")
+        try:
+            label = classes.label(self.prompt)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise invalid(str(error), "prompt") from None
+        return [label] * (self.n or 1)
+
+    def sampling(self, pipeline: Pipeline, classes: Classes, **more: Any) -> Sampling:
+        """The request as the runtime has it, defaults filled in. Raises ApiError naming the parameter that is wrong."""
+        side = pipeline.config.img_size
+        if self.size not in (None, "auto", f"{side}x{side}"):
+            raise invalid(f"size is {self.size[:40]!r}; this model makes {side}x{side}", "size")  # type: ignore[index]
+        if self.partial_images and not self.stream:
+            raise invalid("partial_images has a meaning with stream alone", "partial_images")
+        labels = self.classes(classes)
+        try:
+            return pipeline.resolve(
+                labels,
+                guidance_scale=self.guidance_scale,
+                cfg_schedule=self.cfg_schedule,
+                temperature=self.temperature,
+                num_iter=self.num_iter,
+                seed=random.SystemRandom().randrange(SEEDS) if self.seed is None else self.seed,
+                indices=self.indices,
+                **more,
+            )
+        except ValueError as error:
+            raise of_value(error, type(self).model_fields) from None
+
+    def previews(self, num_iter: int) -> set[int]:
+        """The steps at which the images are shown: spread evenly, the last one's are the images themselves."""
+        count = min(self.partial_images or 0, num_iter - 1)
+        return {round(part * num_iter / (count + 1)) for part in range(1, count + 1)} - {0, num_iter}
+
+
+class GenerationRequest(ImageRequest):
+    """`POST /v1/images/generations`."""
+
+
+class ImageDatum(BaseModel):
+    """An image and all that it takes to make it again: with `Pipeline.generate([label], seed=seed, indices=[index],
+    batch_size=...)` and the answer's settings."""
+
+    b64_json: str
+    url: None = None
+    revised_prompt: None = None
+    seed: int
+    index: int
+    label: int
+    class_name: str | None = None
+
+
+class Settings(BaseModel):
+    """What else the images depend on."""
+
+    guidance_scale: float
+    cfg_schedule: str
+    temperature: float
+    num_iter: int
+    batch_size: int
+
+
+class ImagesAnswer(BaseModel):
+    """OpenAI's answer, and ours beside it."""
+
+    created: int
+    model: str
+    size: str
+    output_format: str = "png"
+    settings: Settings
+    data: list[ImageDatum]
+
+
+def parse_body[Request: ImageRequest](kind: type[Request], body: bytes, content_type: str | None) -> Request:
+    """A JSON body as a request. Raises ApiError."""
+    # (A browser sends other types across origins without asking the server first.)
+    if (content_type or "").partition(";")[0].strip().lower() != "application/json":
+        raise invalid("the body must be JSON: send Content-Type: application/json", None, "unsupported_media_type")
+    try:
+        data = parse_json(body.decode("utf-8"))
+    except ValueError as error:
+        raise invalid(f"the body is no JSON: {error}", None, "invalid_json") from None
+    if not isinstance(data, dict):
+        raise invalid("the body is no JSON object", None, "invalid_json")
+    return checked(kind, data, kind.model_validate)
+
+
+def checked[Request: ImageRequest](kind: type[Request], data: Mapping[str, Any], validate: Any) -> Request:
+    """Parameters as a request. Raises ApiError for the first that is unknown or wrong."""
+    for name in data:
+        if name not in kind.model_fields:
+            raise unknown(str(name), kind.model_fields, MEANT)
+    try:
+        request: Request = validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        # Of a choice of types pydantic tells all: the place's first word is the parameter.
+        name = str(first["loc"][0]) if first["loc"] else None
+        where = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+        raise invalid(f"{name}{where}: {first['msg'][0].lower()}{first['msg'][1:]}", name) from None
+    return request

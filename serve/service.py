@@ -1,0 +1,199 @@
+"""A served model: its pipeline behind a scheduler, and what the routes ask of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from arinar.runtime import Pipeline
+from arinar.runtime.bundle import MANIFEST_NAME, file_sha256
+from arinar.runtime.images import png_bytes
+from arinar.runtime.request import Sampling
+
+from .api import ImageDatum
+from .classes import Classes
+from .errors import ApiError, retry_after
+from .logs import log
+from .metrics import Metrics
+from .places import size_without_places
+from .scheduler import BatchReport, Ended, Event, Scheduler
+
+#: While nothing happens, a stream says so this often: what lies between server and client may close silent connections.
+SIGN_OF_LIFE = 15.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is served.
+
+    name : the model's, for clients; default the bundle's folder's. max_batch : places of a micro-batch, a power of two.
+    max_wait_ms : how long an image waits for company. queue : images that may wait. timeout : seconds for a request.
+    trial : try first whether a picture's bits depend on its place, and take smaller micro-batches where they do.
+    """
+
+    name: str | None = None
+    max_batch: int = 8
+    max_wait_ms: float = 10.0
+    queue: int = 256
+    timeout: float = 300.0
+    trial: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_batch <= 4096 or self.max_batch & (self.max_batch - 1):
+            raise ValueError(
+                f"max_batch is {self.max_batch}; expected 1, 2, 4, 8, ... (up to 4096): at other sizes a picture's last bits "
+                f"may depend on its place in a micro-batch"
+            )
+        for name, value, least in (("max_wait_ms", self.max_wait_ms, 0), ("queue", self.queue, 1), ("timeout", self.timeout, 0)):
+            if not least <= value < 1e9:
+                raise ValueError(f"{name} is {value}; expected a number from {least} on")
+
+
+class Service:
+    """A model that is being served. It takes requests once :meth:`start` has come to its end."""
+
+    def __init__(self, pipeline: Pipeline, options: Options | None = None) -> None:
+        self.pipeline, self.options = pipeline, options or Options()
+        self.name = self.options.name or pipeline.bundle.folder.resolve().name
+        self.classes = Classes(pipeline.config)
+        self.created = int(time.time())
+        self.metrics = Metrics(
+            lambda: self._scheduler.depth if self._scheduler else 0, lambda: self._scheduler.running if self._scheduler else 0
+        )
+        self._bundle = file_sha256(pipeline.bundle.path(MANIFEST_NAME))[:16]
+        self._scheduler: Scheduler | None = None
+        self._closed, self._lock = False, threading.Lock()
+
+    # Its life.
+
+    def start(self) -> None:
+        """Warm up, and find the size of the micro-batches. Takes seconds, of a large model a minute."""
+        options, size = self.options, self.options.max_batch
+        if options.trial:
+            size = size_without_places(self.pipeline, size)
+            if size != options.max_batch:
+                log(
+                    "smaller micro-batches: at the size that was asked for a picture's last bits depend on what is beside it",
+                    logging.WARNING,
+                    asked=options.max_batch,
+                    taken=size,
+                )
+        with self._lock:
+            if not self._closed:
+                self._scheduler = Scheduler(
+                    self.pipeline,
+                    max_batch=size,
+                    max_wait=options.max_wait_ms / 1000,
+                    queue=options.queue,
+                    timeout=options.timeout,
+                    observe=self._observe,
+                )
+        log("ready", model=self.name, max_batch=size, tried=options.trial)
+
+    def _observe(self, report: BatchReport) -> None:
+        self.metrics.batch(report)
+        if report.error is not None:
+            log("a micro-batch failed", logging.ERROR, error=report.error, rows=report.rows)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what was begun, refuse the rest."""
+        with self._lock:
+            self._closed = True
+        if self._scheduler is not None:
+            self._scheduler.close(timeout)
+
+    @property
+    def ready(self) -> bool:
+        return self._scheduler is not None and self._scheduler.alive
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Raises ApiError (503) before the service is ready."""
+        if self._scheduler is None:
+            raise ApiError(503, "the model is being made ready; ask again in a moment", code="not_ready", headers=retry_after(2))
+        return self._scheduler
+
+    # What it tells of itself.
+
+    def card(self) -> dict[str, Any]:
+        """The model as `/v1/models` has it."""
+        config, defaults = self.pipeline.config, self.pipeline.bundle.manifest.defaults
+        scheduler = self._scheduler
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "arinar",
+            "size": f"{config.img_size}x{config.img_size}",
+            "num_classes": config.num_classes,
+            "class_names": list(config.class_names) or None,
+            "outer": config.outer,
+            "tokens": config.seq_len,
+            "grid": config.grid_size,
+            "defaults": {
+                "guidance_scale": defaults.guidance_scale,
+                "cfg_schedule": defaults.cfg_schedule,
+                "temperature": defaults.temperature,
+                "num_iter": config.seq_len if config.outer == "causal" else defaults.num_iter,
+            },
+            "batch_size": scheduler.max_batch if scheduler else None,
+            "backend": self.pipeline.backend.name,
+            "precision": self.pipeline.precision,
+            "bundle": self._bundle,
+        }
+
+    # Requests.
+
+    async def follow(
+        self, sampling: Sampling, previews: set[int], gone: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[Event | None]:
+        """A request's events, to the last; None now and then while there are none. It is cancelled when ``gone`` returns
+        (then ApiError 499 is raised), or when who iterates stops. Raises ApiError for what the scheduler refuses."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+
+        def tell(event: Event | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is there to be told
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = self.scheduler.submit(sampling, tell, previews=previews)
+        watch = asyncio.ensure_future(gone())
+        try:
+            while True:
+                event = asyncio.ensure_future(events.get())
+                await asyncio.wait({event, watch}, timeout=SIGN_OF_LIFE, return_when=asyncio.FIRST_COMPLETED)
+                if watch.done():
+                    event.cancel()
+                    raise ApiError(499, "the client has gone", code="client_gone")
+                if not event.done():
+                    event.cancel()
+                    yield None
+                    continue
+                yield event.result()
+                if isinstance(event.result(), Ended):
+                    return
+        finally:
+            watch.cancel()
+            job.cancel()
+
+    async def datum(self, sampling: Sampling, row: int, image: Image.Image) -> ImageDatum:
+        """An image of a request, as its answer has it."""
+        label, index = int(sampling.labels[row]), int(sampling.indices[row])
+        about = {"label": label, "seed": sampling.seed, "index": index, "batch_size": self.scheduler.max_batch}
+        made_by = {"precision": self.pipeline.precision, "bundle": self._bundle}
+        data = await asyncio.to_thread(png_bytes, image, sampling.settings(row) | about | made_by)
+        return ImageDatum(
+            b64_json=base64.b64encode(data).decode(),
+            seed=sampling.seed,
+            index=index,
+            label=label,
+            class_name=self.classes.name(label),
+        )
