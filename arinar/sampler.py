@@ -28,6 +28,15 @@ class NoiseLike(Protocol):
     def draws(self) -> Any: ...  # (B, L, D, U) float32, by position in the grid
 
 
+class KnownLike(Protocol):
+    """Tokens of a batch that are given: what `arinar.runtime.Known` holds."""
+
+    @property
+    def tokens(self) -> Any: ...  # (B, L, D), raster order
+    @property
+    def mask(self) -> Any: ...  # (B, L) bool, True = known
+
+
 @dataclass
 class StepRecord:
     """What one outer step computed; rows are (image, position), image by image. For parity and calibration.
@@ -61,6 +70,7 @@ def sample(
     noise: NoiseLike | None = None,
     order: Tensor | None = None,
     forced: Tensor | None = None,
+    known: KnownLike | None = None,
     record: Callable[[StepRecord], None] | None = None,
     law: Mapping[str, int] | None = None,
 ) -> Tensor:
@@ -79,6 +89,7 @@ def sample(
         feature), so that a deployed pipeline given the same noise must produce the same tokens.
     order : (B, L) int64, of a masked model without ``noise``: the generation order, from its end to its start.
     forced : (B, L, D) tokens to use instead of the drawn ones (teacher forcing).
+    known : tokens that are given, as many of every image; they stay as they are. Of a causal model the first of its order.
     record : called after each outer step.
     law : what the head's draws depend on besides the config, as a bundle's manifest tells; default the published.
 
@@ -89,7 +100,6 @@ def sample(
     config, device = model.config, model.fake_latent.device
     length, batch = config.seq_len, len(labels)
     scales, heats = _checked(guidance_scale, batch, 1.0), _checked(temperature, batch, 0.0, strict=True)
-    plan = steps(length, _num_iter(model, num_iter))
     check_cfg_schedule(cfg_schedule)
     if generator is None:
         generator = torch.Generator(device="cpu")
@@ -102,9 +112,13 @@ def sample(
     elif order is None:
         order = torch.rand(batch, length, generator=generator, device=generator.device).argsort(1).to(device)
 
+    tokens = torch.zeros(batch, length, config.token_dim, dtype=model.fake_latent.dtype, device=device)
+    unknown = length
+    if known is not None:
+        unknown, order = _start_from(known, tokens, order, fixed=isinstance(model, CausalArinar))
+    plan = steps(length, _num_iter(model, num_iter), unknown)
     outer = _Outer(model, labels.to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
-    tokens = torch.zeros(batch, length, config.token_dim, dtype=model.fake_latent.dtype, device=device)
     rows = torch.arange(batch, device=device)[:, None]
     for step in plan:
         positions = order[:, step.remaining : step.masked]  # (B, P)
@@ -118,6 +132,22 @@ def sample(
         if record is not None:
             record(StepRecord(step, positions, z_cond, z_uncond, drawn.cond, drawn.uncond, drawn.tokens, guidance))
     return tokens
+
+
+def _start_from(known: KnownLike, tokens: Tensor, order: Tensor, *, fixed: bool) -> tuple[int, Tensor]:
+    """Write known tokens into ``tokens`` (B, L, D), in place -> how many are left to generate, and the order (B, L) with
+    those first: generation starts from its end. Raises ValueError for numbers that differ, and where a ``fixed`` order
+    would have to change."""
+    mask = torch.as_tensor(known.mask, device=tokens.device)
+    if tuple(mask.shape) != tuple(order.shape) or mask.dtype != torch.bool:
+        raise ValueError(f"known.mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(order.shape)}")
+    if len(set(mask.sum(1).tolist())) > 1:
+        raise ValueError(f"known.mask has {mask.sum(1).tolist()} tokens known; expected as many of every image")
+    rows = [torch.cat([row[~given[row]], row[given[row]]]) for row, given in zip(order, mask, strict=True)]
+    if fixed and not torch.equal(torch.stack(rows), order):
+        raise ValueError("known.mask is not a beginning of the causal model's generation order; give its first tokens")
+    tokens[mask] = torch.as_tensor(known.tokens, device=tokens.device)[mask].to(tokens.dtype)
+    return int((~mask[0]).sum()), torch.stack(rows)
 
 
 class _Outer:
@@ -138,11 +168,13 @@ class _Outer:
             z = self.model.condition(tokens.repeat(self.copies, 1, 1), mask.repeat(self.copies, 1), self.labels)
             picked = order[:, step.remaining : step.masked].repeat(self.copies, 1)
             z = z[torch.arange(len(z), device=z.device)[:, None], picked]  # (G * B, P, C)
-        elif step.index == 0:
-            z, self.cache = self.model.prefill(self.labels)
         else:
-            last = tokens[rows, order[:, step.masked : step.masked + 1]]  # (B, 1, D)
-            z, self.cache = self.model.step(last.repeat(self.copies, 1, 1), step.index - 1, self.cache)
+            first = tokens.shape[1] - step.masked - 1  # of the tokens to read: the last one, at first all that are given
+            if self.cache is None:
+                first, (z, self.cache) = 0, self.model.prefill(self.labels)
+            for index in range(first, tokens.shape[1] - step.masked):
+                token = tokens[rows, order[:, -1 - index, None]]  # (B, 1, D)
+                z, self.cache = self.model.step(token.repeat(self.copies, 1, 1), index, self.cache)
         cond, *uncond = z.flatten(0, 1).chunk(self.copies)
         return cond, uncond[0] if uncond else None
 

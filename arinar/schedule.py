@@ -45,11 +45,19 @@ def mask_counts(seq_len: int, num_iter: int) -> list[int]:
     return counts
 
 
-def steps(seq_len: int, num_iter: int) -> list[Step]:
-    """The outer steps of one image. Raises ValueError for a ``num_iter`` outside 1..seq_len."""
+def steps(seq_len: int, num_iter: int, unknown: int | None = None) -> list[Step]:
+    """The outer steps of one image. Raises ValueError for a ``num_iter`` outside 1..seq_len.
+
+    ``unknown``: how many tokens are to be generated, where others are given; default all. The schedule is then that of so
+    many tokens, in ``num_iter`` steps or, where they are fewer, one step for each; none take no step.
+    """
     if not 1 <= num_iter <= seq_len:
         raise ValueError(f"num_iter is {num_iter}; expected 1..{seq_len} (one token a step at most)")
-    counts = [*mask_counts(seq_len, num_iter), 0]
+    unknown = seq_len if unknown is None else unknown
+    if not unknown:
+        return []
+    num_iter = min(num_iter, unknown)
+    counts = [*mask_counts(unknown, num_iter), 0]
     return [Step(index, counts[index], counts[index + 1]) for index in range(num_iter)]
 
 

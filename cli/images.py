@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from arinar.judge import Judgement
+    from arinar.runtime import Progress
 
 
 #: Files of one run, all in one folder, each with its settings in memory.
@@ -132,6 +133,12 @@ def _judged(images: list[Image], labels: list[int]) -> Judgement:
     "--batch-size", type=click.IntRange(min=1), help="Images at a time; fixing it makes results identical to the last bit."
 )
 @click.option("--overwrite", is_flag=True, help="Replace images that were made with other settings.")
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Show how the images grow: .png is replaced after every step; .webp, .apng and .gif are animations, written at the end. For images that are made at one time (--batch-size).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
 @SAMPLING
 @RUNTIME
@@ -143,16 +150,19 @@ def generate(
     grid: bool,
     batch_size: int | None,
     overwrite: bool,
+    preview: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Generate images from a bundle: numbered PNG files that hold their label and seed as metadata.
 
     Files that are already there, made with the same settings, are kept: an interrupted run goes on where it stopped.
+    Ctrl-C leaves the images that were finished, and exits with 130.
 
     \b
     Example:  arinar generate bundle/ --labels 207,360 -o out/
               arinar generate digits-bundle/ --labels 0-9 --per-label 10 --grid -o digits/ --seed 7
+              arinar generate bundle/ --labels 207 -o out/ --preview growing.webp
     """
     from tqdm import tqdm
 
@@ -163,18 +173,30 @@ def generate(
             f"{len(labels)} labels with {per_label} images each (--per-label) are more than {MOST_IMAGES:,} files in one "
             f"folder; make them in several runs, with --seed and -o of their own"
         )
+    from arinar.runtime.growing import GrowingPicture
     from arinar.runtime.images import contact_sheet, save_png
     from arinar.runtime.worklist import Worklist
 
     check_folder(out)
+    growing = None if preview is None else GrowingPicture(preview)
     pipeline = open_pipeline(bundle, **RUNTIME.of(options))
     wanted, seed = [label for label in labels for _ in range(per_label)], options["seed"]
     work = Worklist(pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options))
     kept = len(wanted) - len(work.missing)
+    if growing is not None:
+        growing.check(len(work.missing), work.sampling.size)
     if kept:
-        say(f"{kept} of {len(wanted)} images are already in {out}")
+        say(f"{kept} of {len(wanted)} images are already in {out}" + ("" if work.missing or not preview else ": no preview"))
     with tqdm(total=len(work.missing) * work.sampling.num_iter, unit="step", disable=not work.missing) as bar:
-        timings = work.run(lambda steps: bar.update(steps) and None)
+
+        def step(progress: Progress) -> None:
+            bar.update(len(progress.rows))
+            if growing is not None:
+                growing.add(progress.preview())
+
+        timings = work.run(step)
+    if growing is not None:
+        growing.close()
     if grid:
         columns = per_label if per_label > 1 else None
         save_png(contact_sheet(work.images(), columns), out / "grid.png", {"seed": seed})

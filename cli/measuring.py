@@ -58,6 +58,9 @@ from .group import FAILED, main
     help="Also compare PyTorch in float32 with PyTorch in float64, beside levels 2 and 3. [default: only where one of their limits is exceeded]",
 )
 @click.option(
+    "--edit", is_flag=True, help="At level 3 also an edit: half of PyTorch's tokens are given, both generate the rest."
+)
+@click.option(
     "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained HTML report here."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
@@ -74,6 +77,7 @@ def parity(
     fid_stats: Path | None,
     limits: tuple[str, ...],
     control: bool,
+    edit: bool,
     report_file: Path | None,
     as_json: bool,
     **options: Any,
@@ -114,6 +118,7 @@ def parity(
         fid_stats=fid_stats,
         reference=inspected(checkpoint, vae, **CHECKPOINT.of(options)),
         control=control,
+        edit=edit,
         progress=quiet if as_json else say,
         **without_none(SAMPLING.of(options)),
     )

@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 
 #: The levels, in the order in which they are run.
 LEVELS = ("graph", "teacher-forced", "free-running", "distribution")
+#: Checks of an edit have the names that those of level 3 have, after this.
+EDIT = "edit: "
 # A feature of a token parts where it differs by more than this share of the largest value of all tokens (at least 1).
 PARTED = 1e-3
 # Levels 2 and 3 are judged beside a control, where one was run: the reference in float32 against itself in float64, the
@@ -155,6 +157,11 @@ class Check:
     where: str = ""
     control: float | None = None
     widened: bool = False
+
+    @property
+    def quantity(self) -> str:
+        """What it measures, of an edit too."""
+        return self.name.removeprefix(EDIT)
 
     @property
     def passed(self) -> bool:

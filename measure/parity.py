@@ -4,7 +4,7 @@
 2. *teacher-forced*: the reference's tokens are forced at every step, so that errors do not compound; z, mixture
    parameters and the divergence between the mixtures, step by step, with chained state (caches) on both sides;
 3. *free-running*: both generate from the same noise; where they part, how often they pick the same component, and how
-   far the images are apart;
+   far the images are apart; the same of an edit, half of whose tokens are given, where that is asked for;
 4. *distribution* (`arinar.measure.distribution`): many images of each.
 
 The reference is `arinar.sampler.sample` in float32. Where levels 2 and 3 exceed a limit, they get a control: the same
@@ -35,13 +35,14 @@ from arinar.law import Law, Parts, law_of
 from arinar.model import Arinar, decode_images
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import PHASES, BundleError, GraphInfo
+from arinar.runtime.known import Known
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import Batch, Sampling
 from arinar.sampler import StepRecord, sample
 from arinar.vae import AutoencoderKL
 
-from .checks import CONTROL_FACTOR, KL_FACTOR, LEVELS, PARTED, THRESHOLDS, Check, ParityReport, Thresholds, least, most
+from .checks import CONTROL_FACTOR, EDIT, KL_FACTOR, LEVELS, PARTED, THRESHOLDS, Check, ParityReport, Thresholds, least, most
 from .distances import MAX_PSNR, psnr
 from .distribution import Distribution, check_samples, compare, make_references
 from .features import Features, open_measure
@@ -83,6 +84,7 @@ def run_parity(
     fid_stats: Path | None = None,
     reference: Mapping[str, Any] | None = None,
     control: bool = False,
+    edit: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a loaded bundle with the PyTorch model that it should be.
@@ -91,7 +93,7 @@ def run_parity(
     and ``fid_stats`` as for `arinar.measure.distribution.compare`. ``thresholds``: default those of ``THRESHOLDS`` for
     the bundle's precision. ``reference``: what the report is to say about the checkpoint (its file, hash, ...).
     ``control``: compute the control even where levels 2 and 3 keep their limits; it takes several times as long as the
-    reference.
+    reference. ``edit``: at level 3 also keep half of the reference's tokens, and let both generate the rest anew.
 
     Raises BundleError where checkpoint and bundle do not even have the same configuration, ValueError for a bad
     argument (before anything long begins), FloatingPointError where the checkpoint itself computes what is not finite.
@@ -118,7 +120,7 @@ def run_parity(
     report.provenance = provenance(pipeline, model, vae, reference)
     if report.provenance["exported from these weights"] == "no":
         report.notes.append("the bundle was exported from other weights than those it is compared with here")
-    finite = _by_sample(report, pipeline, model, vae, sampling, thresholds, control, say)
+    finite = _by_sample(report, pipeline, model, vae, sampling, thresholds, control, edit, say)
     if measure is not None and finite:
         say(f"level 4: {distribution} images of each, by distribution")
         references = make_references(model, vae, distribution, settings, say)
@@ -155,6 +157,7 @@ def _by_sample(
     sampling: Sampling,
     thresholds: Thresholds,
     control: bool,
+    edit: bool,
     say: Callable[[str], None],
 ) -> bool:
     """Levels 1 to 3 -> whether the deployed pipeline made images at all."""
@@ -162,10 +165,10 @@ def _by_sample(
     say("level 1: each graph alone")
     _per_graph(report, pipeline, model, vae, thresholds, len(batch), len(batch) * max(step.count for step in batch.plan))
 
-    def generate(model: Arinar, forced: torch.Tensor | None = None) -> Run:
+    def generate(model: Arinar, forced: torch.Tensor | None = None, known: Known | None = None) -> Run:
         records = list[StepRecord]()
         labels, law = torch.from_numpy(sampling.labels), pipeline.bundle.manifest.law
-        how: dict[str, Any] = {"noise": batch.noise, "record": records.append, "law": law, "forced": forced}
+        how: dict[str, Any] = {"noise": batch.noise, "record": records.append, "law": law, "forced": forced, "known": known}
         return Run(sample(model, labels, **sampling.settings(), **how), records)
 
     say(f"reference: PyTorch generates {len(batch)} images in {len(batch.plan)} steps")
@@ -174,22 +177,31 @@ def _by_sample(
     say("level 2: the deployed graphs along the reference's trajectory")
     forced = _teacher_forced(report, pipeline, batch, run)
     say("level 3: the deployed pipeline on its own, same noise")
-    free = _free_running(report, pipeline, vae, batch, run)
+    trials = {"": (batch, run)}
+    if edit:
+        half = replace(sampling, known=half_known(run.tokens.numpy(), pipeline.config)).batch()
+        trials[EDIT] = half, generate(model, known=half.known)
+    free = {name: _free_running(report, pipeline, vae, *trial, name) for name, trial in trials.items()}
 
     held = tuple(report.changed_limits)
 
-    def judged(beside: Curves | None = None, alone: Parting | None = None) -> list[Check]:
-        return forced.checks(thresholds, beside, held) + ([] if free is None else free.checks(thresholds, alone, held))
+    def judged(beside: Curves | None = None, alone: Mapping[str, Parting] | None = None) -> list[Check]:
+        found = forced.checks(thresholds, beside, held)
+        for name, parting in free.items():
+            checks = [] if parting is None else parting.checks(thresholds, (alone or {}).get(name), held)
+            found += [replace(check, name=name + check.name) for check in checks]
+        return found
 
     found = judged()
     if control or not all(check.passed for check in found):
         say("control: PyTorch in float64, along the same tokens and on its own")
         wide = copy.deepcopy(model).double()
-        along, own = generate(wide, run.tokens.double()), generate(wide)
-        found = judged(*_control(report, vae, batch, run, along, own, pipeline.config))
+        own = {name: generate(wide, known=made.known) for name, (made, _) in trials.items()}
+        alone = {name: _control_parting(vae, *trials[name], own[name], pipeline.config) for name in trials}
+        found = judged(_control(report, batch, run, generate(wide, run.tokens.double()), alone[""], pipeline.config), alone)
     # What was not finite was found on the way.
     report.checks = sorted(report.checks + found, key=lambda check: LEVELS.index(check.level))
-    return free is not None
+    return free[""] is not None
 
 
 def _check_reference(records: Sequence[StepRecord]) -> None:
@@ -525,6 +537,8 @@ class Parting:
 
     def __init__(self, batch: Batch, want: Side, have: Side, components: int) -> None:
         self.apart = np.abs(have.tokens - want.tokens).max(-1) > PARTED * _scale(want.tokens)  # (B, L)
+        anew = batch.noise.order[:, : batch.plan[0].masked]
+        self.agree = float(1 - np.take_along_axis(self.apart, anew, 1).mean())  # of the tokens that were generated
         positions = (batch.noise.order[:, step.remaining : step.masked] for step in batch.plan)
         diverged = np.stack([np.take_along_axis(self.apart, now, 1).any(1) for now in positions])  # (S, B)
         self.diverged: list[float] = np.logical_or.accumulate(diverged, 0).mean(1).tolist()
@@ -543,12 +557,11 @@ class Parting:
         """As `Curves.checks`."""
         began, images = min(self.first, default=None), len(self.psnr)
         note = "no image parts" if began is None else f"{len(self.first)} of {images} images part, the first at step {began}"
-        agree = float(1 - self.apart.mean())
         median = float(np.median(self.psnr))
         over = next((i for i, value in enumerate(self.by_step) if value < thresholds.same_picks), None)
         named = (
             ("images within 1 grey level", self.same_images, thresholds.same_images, note),
-            ("tokens that agree", agree, 0.0, f"to {PARTED:g} of the largest value"),
+            ("tokens that agree", self.agree, 0.0, f"to {PARTED:g} of the largest value"),
             (
                 "same picks",
                 self.same_picks,
@@ -570,7 +583,7 @@ class Parting:
 
     def beside(self, found: Sequence[Check], held: Sequence[str]) -> list[Check]:
         """Another's checks beside this, the control."""
-        shares = (self.same_images, float(1 - self.apart.mean()), self.same_picks)
+        shares = (self.same_images, self.agree, self.same_picks)
         ratio = float(np.median(self.psnr))
         allowed = [*map(least, shares), ratio - 20 * math.log10(CONTROL_FACTOR)]
         # Images may part as often as that; one that has parted goes its own way, and its picks and PSNR with it.
@@ -582,24 +595,35 @@ class Parting:
         return [check.beside(value, limit, keep) for check, value, limit, keep in given]
 
 
-def _free_running(report: ParityReport, pipeline: Pipeline, vae: AutoencoderKL, batch: Batch, run: Run) -> Parting | None:
-    """The deployed pipeline on its own against the reference; None where it made no images."""
+def half_known(tokens: Array, config: ArinarConfig) -> Known:
+    """Tokens (B, L, D) of which the first half of the generation order is known (in raster order the upper half)."""
+    mask = np.zeros(tokens.shape[:2], np.bool_)
+    mask[:, list(config.generation_order[: config.seq_len // 2])] = True
+    return Known(np.ascontiguousarray(tokens, np.float32), mask)
+
+
+def _free_running(
+    report: ParityReport, pipeline: Pipeline, vae: AutoencoderKL, batch: Batch, run: Run, name: str
+) -> Parting | None:
+    """The deployed pipeline on its own against the reference; None where it made no images. Pictures and curves of the
+    trial without a name go into the report."""
     law = law_of(pipeline.config)
     want = _side(law, vae, batch, run, pipeline.config)
     try:
         settings = {key: value for key, value in report.settings.items() if key != "seed"}
-        out = pipeline.generate(**settings, noise=batch.noise)
+        out = pipeline.generate(**settings, noise=batch.noise, known=batch.known)
         walk = _walk(pipeline, batch, out.tokens)
         picks = [law.pick(features, tuple(part[: len(features)] for part in have)) for _, features, have in walk]
     except FloatingPointError as error:
-        report.checks.append(Check("free-running", "finite images", 0.0, 1.0, True, str(error)))
+        report.checks.append(Check("free-running", f"{name}finite images", 0.0, 1.0, True, str(error)))
         return None
     have = Side(out.tokens, np.stack([np.asarray(image) for image in out.images]), picks)
     found = Parting(batch, want, have, law.picks(pipeline.config))
-    report.images = {"reference": want.images, "deployed": have.images}
-    report.histograms["divergence step"] = found.first_counts
-    report.histograms |= {"own reference": found.picks[0].tolist(), "own deployed": found.picks[1].tolist()}
-    report.curves |= {"diverged": found.diverged, "same picks": found.by_step}
+    if not name:
+        report.images = {"reference": want.images, "deployed": have.images}
+        report.histograms["divergence step"] = found.first_counts
+        report.histograms |= {"own reference": found.picks[0].tolist(), "own deployed": found.picks[1].tolist()}
+        report.curves |= {"diverged": found.diverged, "same picks": found.by_step}
     return found
 
 
@@ -612,22 +636,26 @@ def _side(law: Law, vae: AutoencoderKL, batch: Batch, run: Run, config: ArinarCo
     return Side(run.tokens.numpy(), decode_images(vae, run.tokens, config).numpy(), picks)
 
 
-def _control(
-    report: ParityReport, vae: AutoencoderKL, batch: Batch, run: Run, forced: Run, free: Run, config: ArinarConfig
-) -> tuple[Curves, Parting]:
-    """The reference in float32 (``run``) against itself in float64, along the same tokens and on its own."""
+def _control(report: ParityReport, batch: Batch, run: Run, forced: Run, parting: Parting, config: ArinarConfig) -> Curves:
+    """The reference in float32 (``run``) against itself in float64 along the same tokens (``forced``); ``parting``: on its
+    own. Both go into the report."""
     law, size = law_of(config), len(batch)
     curves = Curves(law, law.picks(config))
     for record, wide in zip(run.records, forced.records, strict=True):
         curves.add(*_recorded(record, size), *_recorded(wide, size), _by_position(record.features, size))
-    sides = _side(law, copy.deepcopy(vae).double(), batch, free, config), _side(law, vae, batch, run, config)
-    parting = Parting(batch, *sides, law.picks(config))
     report.control = {
         "curves": curves.curves | {"diverged": parting.diverged, "same picks": parting.by_step},
         "tables": curves.tables,
         "histograms": {"divergence step": parting.first_counts},
     }
-    return curves, parting
+    return curves
+
+
+def _control_parting(vae: AutoencoderKL, batch: Batch, run: Run, wide: Run, config: ArinarConfig) -> Parting:
+    """The reference in float32 (``run``) against itself in float64 (``wide``), each on its own."""
+    law = law_of(config)
+    sides = _side(law, copy.deepcopy(vae).double(), batch, wide, config), _side(law, vae, batch, run, config)
+    return Parting(batch, *sides, law.picks(config))
 
 
 __all__ = ["add_distribution", "provenance", "run_parity"]

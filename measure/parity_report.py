@@ -140,13 +140,13 @@ def _short(value: Any) -> str:
 def _number(check: Check, value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
-    if check.name.startswith("finite"):
+    if check.quantity.startswith("finite"):
         return "yes" if value else "no"
-    return f"{100 * value:.4g} %" if check.name in SHARES else f"{value:.3g}"
+    return f"{100 * value:.4g} %" if check.quantity in SHARES else f"{value:.3g}"
 
 
 def _limit(check: Check) -> str:
-    if check.name.startswith("finite"):
+    if check.quantity.startswith("finite"):
         return "required"
     return "" if check.limit is None else f"{'at least' if check.at_least else 'at most'} {_number(check, check.limit)}"
 
@@ -163,8 +163,9 @@ def _checks(checks: Sequence[Check], report: ParityReport) -> str:
         word = "<span class='ok'>ok</span>" if check.passed else "<span class='bad'>FAIL</span>"
         word = "" if check.limit is None else word
         row = "<tr>" if check.passed else "<tr class='failed'>"
+        said = check.name.replace(check.quantity, names.get(check.quantity, check.quantity))
         rows.append(
-            f"{row}<td>{escaped(names.get(check.name, check.name))}</td>"
+            f"{row}<td>{escaped(said)}</td>"
             f"<td class='number'>{_number(check, check.value)}</td><td class='number'>{_limit(check)}</td>"
             f"<td>{word}</td><td class='note'>{escaped(check.note)}</td></tr>"
         )

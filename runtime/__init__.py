@@ -6,7 +6,8 @@
 """
 
 from .bundle import Bundle, BundleError, Manifest
+from .known import Known
 from .noise import Noise
 from .pipeline import Generation, GenerationCancelled, Pipeline, Progress
 
-__all__ = ["Bundle", "BundleError", "Generation", "GenerationCancelled", "Manifest", "Noise", "Pipeline", "Progress"]
+__all__ = ["Bundle", "BundleError", "Generation", "GenerationCancelled", "Known", "Manifest", "Noise", "Pipeline", "Progress"]

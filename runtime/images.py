@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG files that know how they were made, and contact sheets."""
+"""Pictures on disk: PNG files that know how they were made, pictures of others, and contact sheets."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from arinar.files import replacing
 from arinar.reading import check_regular, parse_json
+from arinar.text import one_line
 
 METADATA_KEY = "arinar"
 # Larger files are none of ours: the largest image that a model may make, stored without compression.
 MAX_BYTES = 1 << 32
+#: Kinds of files that a picture of somebody else may be, by Pillow's names, and its most pixels: all are decoded.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 1 << 26
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -29,6 +33,19 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
         info.add_text(METADATA_KEY, json.dumps(dict(metadata), sort_keys=True))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
+
+
+def save_all(pictures: Iterable[tuple[Image.Image, Path, Mapping[str, Any]]]) -> None:
+    """`save_png` of each (image, path, metadata). Ctrl-C on the way takes effect when all are written; a second one at once."""
+    left = list(pictures)
+    try:
+        while left:
+            save_png(*left[0])
+            del left[0]
+    except KeyboardInterrupt:
+        for picture in left:
+            save_png(*picture)
+        raise
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -56,6 +73,24 @@ def read_png(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image
                 return image.convert("RGB")
     except Exception as error:  # what Pillow raises for damaged files has no common type
         raise ValueError(f"{path} cannot be shown: {error}; delete it, and it is made again") from None
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture from a file, decoded, turned as its camera was held. Raises ValueError for what is none, is damaged, or has
+    more than MOST_PIXELS, which are not decoded then."""
+    try:
+        check_regular(Path(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"it has {image.width} x {image.height} pixels; expected at most {MOST_PIXELS:,}")
+                found = ImageOps.exif_transpose(image)
+                found.load()
+                return found
+    except Exception as error:  # what Pillow raises for damaged files has no common type
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"{path} cannot be read as a picture: {one_line(reason)}") from None
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

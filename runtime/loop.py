@@ -80,7 +80,8 @@ class Loop:
         self.head.prepare(guided, batch)
 
     def walk(self, batch: Batch, seconds: Seconds | None = None, *, watched: bool = False) -> Generator[Walked, None, Made]:
-        """One micro-batch, step by step; returns what was made. It can be closed between two steps.
+        """One micro-batch, step by step; returns what was made. It can be closed between two steps. Where all tokens are
+        known there is none: the first `next` ends it.
 
         seconds : gets the time by phase. watched : a step is yielded when the device is at most one step behind (else
         it may only be enqueued).
@@ -130,10 +131,26 @@ class Loop:
             {"tokens": state.tokens, "ranks": state.ranks},
             {"raster": state.raster, "latents": state.latents},
         )
-        chunk = 1 if self.backend.synchronous else max(1, DECODE_PIXELS // self.config.img_size**2)
+        chunk = self._chunk
         for first in range(0, state.batch, chunk):
             rows = slice(first, min(first + chunk, state.batch))
             self.backend.launch("vae_decoder", {"latents": state.latents[rows]}, {"images": state.images[rows]})
+
+    def encode(self, images: Array) -> Array:
+        """images (B, H, W, 3) uint8 -> latents (B, channels, h, w) as the VAE makes them, a bounded number at a time."""
+        backend, config, chunk = self.backend, self.config, self._chunk
+        side, parts = config.grid_size * config.patch_size, []
+        for first in range(0, len(images), chunk):
+            some = images[first : first + chunk]
+            latents = backend.empty((len(some), config.vae_embed_dim, side, side), "float32")
+            backend.launch("vae_encoder", {"images": backend.upload(some)}, {"latents": latents})
+            parts.append(backend.download(latents).copy())
+        return np.concatenate(parts)
+
+    @property
+    def _chunk(self) -> int:
+        """Images that the VAE takes at a time."""
+        return 1 if self.backend.synchronous else max(1, DECODE_PIXELS // self.config.img_size**2)
 
     def fill(self, state: State, batch: Batch, seconds: Seconds) -> None:
         """Upload what a micro-batch needs; nothing more goes up until it is finished."""
@@ -144,6 +161,12 @@ class Loop:
         write(state.guidance, batch.guidance_rows(length))
         write(state.temperature, batch.temperature_rows(length))
         self.backend.clear(state.tokens)  # not the previous micro-batch's
+        if batch.known is not None:
+            places = batch.noise.order[:, length - int(batch.known.counts[0]) :]
+            given = np.take_along_axis(batch.known.tokens, places[:, :, None], 1).swapaxes(0, 1)  # (known, B, D)
+            write(state.tokens[length - len(given) :], np.ascontiguousarray(given))
+        if not batch.plan:
+            return
         self.head.fill(state, batch)
         with self._timed(seconds, "outer"):
             self.outer.fill(state, batch)
@@ -161,8 +184,8 @@ class Loop:
     def state(self, batch: Batch) -> Iterator[State]:
         """Buffers that nobody else uses meanwhile: kept ones of this shape, or new ones."""
         # Rounded up, so that plans of about as many steps share them.
-        most = max(step.count for step in batch.plan)
-        count = min(self.config.seq_len, 1 << (most - 1).bit_length())
+        most = max((step.count for step in batch.plan), default=0)
+        count = min(self.config.seq_len, 1 << (most - 1).bit_length()) if most else 0
         shape = (len(batch), batch.branches, count)
         state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count) == shape), None)
         if state is not None:
@@ -171,7 +194,8 @@ class Loop:
             self.backend.forget(self._idle.pop(0).owner)
         if state is None:
             state = allocate(self.backend, self.config, next(self._owners), *shape)
-            state.outer, state.head = self.outer.allocate(state), self.head.allocate(state)
+            if count:
+                state.outer, state.head = self.outer.allocate(state), self.head.allocate(state)
         try:
             yield state
         finally:

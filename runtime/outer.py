@@ -40,8 +40,8 @@ class Outer(Protocol):
 class MaskedOuter:
     """Every step recomputes z from all visible tokens.
 
-    At the first step no token is visible: z depends on the label and the position alone. With ``keep_first_step`` it is
-    computed once per label, for all positions, and uploaded with the rest of a micro-batch.
+    Where no token is known, none is visible at the first step: z depends on the label and the position alone. With
+    ``keep_first_step`` it is computed once per label, for all positions, and uploaded with the rest of a micro-batch.
     """
 
     GRAPHS = ("outer_step",)
@@ -61,8 +61,7 @@ class MaskedOuter:
         return None
 
     def fill(self, state: State, batch: Batch) -> None:
-        step = batch.plan[0]
-        if self._kept(step):
+        if self._kept(step := batch.plan[0]):
             labels, targets = branch_labels(batch), batch.noise.order.T[step.remaining :]  # (G, B), (P, B)
             known = self._first_z(list(dict.fromkeys(labels.flatten().tolist())))
             z = np.stack(
@@ -155,24 +154,33 @@ class CausalOuter:
         pass
 
     def step(self, state: State, step: Step) -> Any:
-        own: CausalBuffers = state.outer
-        rows = state.branches * state.batch
-        z = state.z[:rows]
+        z = state.z[: state.branches * state.batch]
+        known = self.config.seq_len - step.masked
         if step.index == 0:
-            present = {name.replace("past_key_values", "present", 1): value for name, value in own.prefix.items()}
-            self.backend.launch("outer_prefill", {"labels": state.labels.reshape(rows)}, {"z": z, **present})
-            own.cache.fill(own.prefix)
-        else:
-            position = step.index - 1
-            inputs = {
-                "token": state.tokens[step.masked : step.masked + 1].reshape(state.batch, -1),
-                "rows": own.rows,
-                "position": own.positions[position : position + 1],
-                **own.cache.past,
-            }
-            self.backend.launch("outer_step", inputs, {"z": z, **own.cache.present})
-            own.cache.write(self.config.buffer_size + position)
+            self._prefill(state, z)
+        for position in range(known) if step.index == 0 else (known - 1,):  # first, all tokens that are given
+            self._feed(state, position, z)
         return z.reshape(state.branches, 1, state.batch, self.config.z_width)
+
+    def _prefill(self, state: State, z: Any) -> None:
+        """The class buffer into the cache -> z of the first token."""
+        own: CausalBuffers = state.outer
+        present = {name.replace("past_key_values", "present", 1): value for name, value in own.prefix.items()}
+        self.backend.launch("outer_prefill", {"labels": state.labels.reshape(z.shape[0])}, {"z": z, **present})
+        own.cache.fill(own.prefix)
+
+    def _feed(self, state: State, position: int, z: Any) -> None:
+        """The token that ``position`` others came before into the cache -> z of the next."""
+        own: CausalBuffers = state.outer
+        place = self.config.seq_len - 1 - position  # generation runs from the end of the order to its start
+        inputs = {
+            "token": state.tokens[place : place + 1].reshape(state.batch, -1),
+            "rows": own.rows,
+            "position": own.positions[position : position + 1],
+            **own.cache.past,
+        }
+        self.backend.launch("outer_step", inputs, {"z": z, **own.cache.present})
+        own.cache.write(self.config.buffer_size + position)
 
 
 #: By `config.outer`.

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,14 @@ from arinar.config import ArinarConfig
 
 from .backends import open_backend
 from .backends.base import Backend
-from .bundle import Bundle, Manifest
+from .bundle import Bundle, BundleError, Manifest
+from .editing import as_mask, as_pixels, hide, paste_back, per_image, to_tokens, token_mask
+from .known import Known
 from .loop import Loop, Made
 from .noise import Noise
 from .request import Sampling
 from .state import State
+from .values import array
 
 
 class GenerationCancelled(Exception):
@@ -81,6 +84,7 @@ class Pipeline:
         self.bundle, self.backend, self.precision = bundle, backend, precision
         self.loop = Loop(backend, bundle.manifest.precision_graphs(precision), bundle.manifest.config, inner)
         self._lock, self._busy, self._process = threading.RLock(), 0, os.getpid()
+        self._unverified: list[str] = []  # files that only encoding reads, until it does
 
     @classmethod
     def load(
@@ -110,9 +114,12 @@ class Pipeline:
         bundle = Bundle.open(path)
         precision = precision or default_precision(bundle.manifest)
         graphs = bundle.manifest.precision_graphs(precision).values()
+        usual = {file for graph in graphs if graph.phase != "encode" for file in graph.files}
         if verify:
-            bundle.verify(sorted({file for graph in graphs if graph.phase != "encode" for file in graph.files}))
-        return cls(bundle, open_backend(bundle, backend, precision, **options), precision, inner)
+            bundle.verify(sorted(usual))
+        pipeline = cls(bundle, open_backend(bundle, backend, precision, **options), precision, inner)
+        pipeline._unverified = sorted({file for graph in graphs for file in graph.files} - usual) if verify else []
+        return pipeline
 
     @property
     def config(self) -> ArinarConfig:
@@ -130,6 +137,7 @@ class Pipeline:
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
         batch_size: int | None = None,
+        known: Known | None = None,
         callback: Callable[[Progress], object] | None = None,
     ) -> Generation:
         """Generate one image per label.
@@ -153,6 +161,9 @@ class Pipeline:
             7 of a run with seed 0.
         noise : every random number, for len(labels) images.
         batch_size : images generated at a time.
+        known : tokens that are given, for len(labels) images: they come back as they are, bit for bit, and the others are
+            generated around them, by the schedule of so many tokens (``num_iter`` steps, or one for each where they are
+            fewer). Where all are known there is no step: one Progress tells of none.
         callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
             itself: another thread's ``preview()`` or call waits until this one is over.
 
@@ -171,6 +182,7 @@ class Pipeline:
             indices=indices,
             noise=noise,
             batch_size=batch_size,
+            known=known,
         )
         with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
             for progress in walk:
@@ -194,6 +206,61 @@ class Pipeline:
         if "callback" in arguments:
             raise ValueError("stream takes no callback: what it would do goes into the loop over the stream")
         return self._stream(self.resolve(labels, **arguments), began)
+
+    def encode(self, images: Any, *, resize: bool = False) -> npt.NDArray[np.float32]:
+        """Pictures -> their tokens (B, L, D) float32, raster order: of the VAE's posterior the mean, normalised.
+
+        images : PIL images (or one), or uint8 (B, H, W, 3), RGB, of the model's size. ``resize``: others are cut to a square
+        about their centre and resized.
+
+        Raises ValueError naming the picture that is none, of another size or transparent; BundleError where the bundle
+        has no encoder, or the backend none built; RuntimeError as `generate`.
+        """
+        pixels = as_pixels(images, self.config.img_size, resize=resize)
+        with self._turn():
+            if "vae_encoder" not in self.bundle.manifest.precision_graphs(self.precision):
+                raise BundleError("the bundle has no graph vae_encoder, which reads pictures in; export the model again")
+            self.bundle.verify(self._unverified)
+            self._unverified = []
+            latents = self.loop.encode(pixels)
+        if not np.isfinite(latents).all():
+            raise FloatingPointError("graph 'vae_encoder' made values that are not finite")
+        return to_tokens(latents, self.config)
+
+    def decode(self, tokens: npt.NDArray[np.float32]) -> list[Image.Image]:
+        """Tokens (B, L, D) float32, raster order -> the pictures that they are. Raises ValueError for anything else."""
+        count = len(tokens) if isinstance(tokens, np.ndarray) and tokens.ndim else 0
+        array("tokens", tokens, np.float32, (max(1, count), self.config.seq_len, self.config.token_dim))
+        known = Known(tokens, np.ones(tokens.shape[:2], np.bool_))  # all of them: nothing is generated
+        return self.generate([0] * count, guidance_scale=1.0, known=known).images
+
+    def edit(self, images: Any, mask: Any, labels: Any, *, grow: int = 0, paste: bool = True, **sampling: Any) -> Generation:
+        """Generate a part of pictures anew.
+
+        images : as for :meth:`encode`, one per label, or one for all. They must have the model's size.
+        mask : what is to be generated anew: bool (H, W), or (B, H, W), True; a black and white PIL image, white. A token
+            (a square of pixels) is generated anew where any of its pixels is.
+        labels : class ids, what the new part is to be of.
+        grow : so many tokens more around those, in all eight directions.
+        paste : what is not generated anew comes back as the pixels that were given, else as the VAE makes them.
+        sampling : as for :meth:`generate`.
+
+        The model sees nothing of what is generated anew: it is grey before it is encoded. Of a causal model it must be the
+        end of its generation order (in raster order the lower rows). Raises as `generate` and `encode`, before anything is
+        computed where an argument is wrong.
+        """
+        if "known" in sampling:
+            raise ValueError("known has no place here: the mask says what is; generate(..., known=) takes tokens")
+        side, settings = self.config.img_size, {key: value for key, value in sampling.items() if key != "callback"}
+        count = len(self.resolve(labels, **settings))
+        pixels = per_image("images", as_pixels(images, side), count)
+        anew = per_image("mask", token_mask(as_mask(mask, side), self.config, grow), count)
+        unknown = np.broadcast_to(anew, (count, self.config.seq_len))
+        blank = np.zeros((*unknown.shape, self.config.token_dim), np.float32)
+        self.resolve(labels, known=Known(blank, ~unknown), **settings)
+        tokens = np.broadcast_to(self.encode(hide(pixels, anew, self.config)), blank.shape)
+        made = self.generate(labels, known=Known(tokens, ~unknown), **sampling)
+        return replace(made, images=paste_back(made.images, pixels, anew, self.config)) if paste else made
 
     def resolve(self, labels: Any, **arguments: Any) -> Sampling:
         """The arguments of :meth:`generate`, checked, with the bundle's defaults. Raises ValueError."""
@@ -220,25 +287,27 @@ class Pipeline:
         images: list[Any] = [None] * count
         for part in sampling.batches():
             rows, batch = part.rows, part.batch
-            self.loop.prepare(batch.guided, len(batch))
-            known = (len(batch.plan), done, count, tuple(rows))
+            if batch.plan:
+                self.loop.prepare(batch.guided, len(batch))
+            place = (len(batch.plan), done, count, tuple(rows))
             with closing(self.loop.walk(batch, seconds, watched=watched)) as walk:
                 for step in batch.plan[:-1]:
                     show = partial(self._show, walk, next(walk).state, part.places)
-                    yield Progress(step.index + 1, *known, _preview=show)
-                next(walk)
+                    yield Progress(step.index + 1, *place, _preview=show)
+                if batch.plan:
+                    next(walk)
                 made = _result(walk)
             done += len(rows)
-            for place, row in zip(part.places, rows, strict=True):
-                tokens[row], latents[row] = made.tokens[place], made.latents[place]
-                images[row] = Image.fromarray(made.images[place])
+            for slot, row in zip(part.places, rows, strict=True):
+                tokens[row], latents[row] = made.tokens[slot], made.latents[slot]
+                images[row] = Image.fromarray(made.images[slot])
             result = None
             if done == count:
                 seconds["total"] = time.perf_counter() - began
                 labels = [int(label) for label in sampling.labels]
                 result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, labels)
             finished = [images[row] for row in rows]
-            yield Progress(len(batch.plan), *known, result=result, _preview=partial(_copies, finished))
+            yield Progress(len(batch.plan), *place, result=result, _preview=partial(_copies, finished))
 
     def _show(self, walk: Generator[Any, None, Made], state: State, places: list[int]) -> list[Image.Image]:
         with self._turn(nested=True):

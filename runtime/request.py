@@ -4,7 +4,7 @@ that the loop sees of it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from arinar.schedule import Step, check_cfg_schedule, guidance_at, steps
 from arinar.text import shown
 
 from .bundle import Defaults
+from .known import Known
 from .noise import Noise, check_seed
 from .values import is_whole, number
 
@@ -29,7 +30,8 @@ class Batch:
     """One micro-batch of B images: all that the loop knows of a request.
 
     labels : (B,) int64. noise : of B images. guidance_scale, temperature : (B,) float64, image by image.
-    cfg_schedule : how guidance grows over the steps. plan : the outer steps.
+    cfg_schedule : how guidance grows over the steps. plan : the outer steps. known : tokens that are given, as many of
+    every image; their positions are the end of the noise's order.
 
     All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed.
     """
@@ -40,6 +42,7 @@ class Batch:
     temperature: npt.NDArray[np.float64]
     cfg_schedule: str
     plan: list[Step]
+    known: Known | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,8 +72,8 @@ class Sampling:
     """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
 
     labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
-    noise: every random number, where the caller gave it; batch_size: images of a micro-batch, size: the same where the
-    caller did not say (short ones are then not filled up).
+    noise: every random number, where the caller gave it; known: tokens that are given; batch_size: images of a
+    micro-batch, size: the same where the caller did not say (short ones are then not filled up).
     """
 
     config: ArinarConfig
@@ -84,6 +87,7 @@ class Sampling:
     noise: Noise | None
     batch_size: int | None
     size: int
+    known: Known | None = None
 
     @classmethod
     def resolve(
@@ -100,6 +104,7 @@ class Sampling:
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
         batch_size: int | None = None,
+        known: Known | None = None,
     ) -> Sampling:
         """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
         ids = check_labels(labels, config)
@@ -118,6 +123,10 @@ class Sampling:
             noise.check(len(ids), config)
         else:
             check_seed(seed, places)
+        if known is not None:
+            if not isinstance(known, Known):
+                raise ValueError(f"known is {shown(known)}; expected a Known of len(labels) images")
+            known.check(len(ids), config)
         return cls(
             config=config,
             labels=ids,
@@ -130,14 +139,17 @@ class Sampling:
             noise=noise,
             batch_size=batch_size,
             size=check_batch_size(batch_size, len(ids), config),
+            known=known,
         )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def plan(self) -> list[Step]:
-        return steps(self.config.seq_len, self.num_iter)
+    def unknown(self) -> npt.NDArray[np.int64]:
+        """(n,): how many tokens of each image are to be generated."""
+        length = np.full(len(self), self.config.seq_len)
+        return length if self.known is None else length - self.known.counts
 
     def settings(self, row: int = 0) -> dict[str, Any]:
         """What determines image ``row``, its label, seed and index left out. JSON-ready."""
@@ -150,9 +162,10 @@ class Sampling:
 
     def batches(self) -> Iterator[Part]:
         """The micro-batches. Guided images share none with others, so that an image is computed alike whatever is beside
-        it. With a ``batch_size``, its place in a micro-batch is that of its index, for the same reason."""
-        guided, rows = self.guidance_scale != 1.0, np.arange(len(self))
-        groups = [rows[~guided], rows[guided]]
+        it; nor do images of which different numbers of tokens are known: their plans differ. With a ``batch_size``, its
+        place in a micro-batch is that of its index, for the same reason."""
+        kinds = np.stack([self.config.seq_len - self.unknown, self.guidance_scale != 1.0], 1)
+        groups = [np.flatnonzero((kinds == kind).all(1)) for kind in np.unique(kinds, axis=0)]
         if self.batch_size is None:
             for group in groups:
                 for start in range(0, len(group), self.size):
@@ -174,19 +187,25 @@ class Sampling:
         return Part(rows, places, self.batch(filled))
 
     def batch(self, rows: Sequence[int] | None = None) -> Batch:
-        """Images ``rows`` (all of them) as one micro-batch, its noise made now."""
+        """Images ``rows`` (all of them) as one micro-batch, its noise made now. As many tokens of each must be known."""
         chosen = np.arange(len(self)) if rows is None else np.asarray(rows)
         if self.noise is not None:
             noise = self.noise[chosen]
         else:
             noise = Noise.from_seed(self.seed, [self.indices[row] for row in chosen], self.config)
+        (unknown,) = set(self.unknown[chosen].tolist())
+        known = None
+        if self.known is not None and unknown < self.config.seq_len:
+            known = self.known[chosen]
+            noise = replace(noise, order=known.last(noise.order))
         return Batch(
             self.labels[chosen],
             noise,
             self.guidance_scale[chosen],
             self.temperature[chosen],
             self.cfg_schedule,
-            self.plan,
+            steps(self.config.seq_len, self.num_iter, unknown),
+            known,
         )
 
 

@@ -17,7 +17,7 @@ class State:
 
     Their addresses never change, so a backend may record the launches on them (under ``owner``) and replay them.
     Letters as in `arinar.export.steps`: B images, G branches, L tokens, D features, C outer width; ``count``: most
-    positions of a step.
+    positions of a step; 0 where nothing is generated, only decoded (then without the buffers of outer and head).
     """
 
     owner: int
@@ -59,7 +59,7 @@ def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, bra
         guidance=backend.empty((length, batch), "float32"),
         temperature=backend.empty((length, batch), "float32"),
         tokens=backend.empty((length, batch, features), "float32"),
-        z=backend.empty((branches * count * batch, config.z_width), "float32"),
+        z=backend.empty((branches * max(1, count) * batch, config.z_width), "float32"),
         raster=backend.empty((batch, length, features), "float32"),
         latents=backend.empty((batch, config.vae_embed_dim, side, side), "float32"),
         images=backend.empty((batch, config.img_size, config.img_size, 3), "uint8"),

@@ -81,6 +81,14 @@ def number(name: str, value: Any, least: float = -FLOAT32_MAX, *, strict: bool =
     return found
 
 
+def array(name: str, value: Any, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless it is a NumPy array of this type and shape."""
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name} is {shown(value)}; expected a NumPy array, {np.dtype(dtype)} {shape}")
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(f"{name} is {value.dtype} {value.shape}; expected {np.dtype(dtype)} {shape}")
+
+
 def conforming(cls: Any, name: str, value: Any) -> dict[str, Any]:
     """The entries of a dataclass that is to be made of a JSON object, each of its declared type; integers from 0 to MOST.
 

@@ -12,8 +12,9 @@ from PIL import Image
 from arinar.files import check_folder, sweep
 
 from .bundle import MANIFEST_NAME, file_sha256
-from .images import read_metadata, read_png, save_png
-from .pipeline import Pipeline
+from .images import read_metadata, read_png, save_all
+from .pipeline import Pipeline, Progress
+from .request import Sampling
 
 
 class Worklist:
@@ -44,12 +45,7 @@ class Worklist:
         _writable(self.out)
         digits = max(6, len(str(len(labels) - 1)))
         self.paths = [self.out / f"{index:0{digits}d}.png" for index in range(len(labels))]
-        manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
-        made_by = {"seed": seed, "precision": pipeline.precision, "bundle": manifest[:16]}
-        self.metadata = [
-            self.sampling.settings(index) | made_by | {"index": index, "label": label}
-            for index, label in enumerate(self.labels)
-        ]
+        self.metadata = metadata_of(pipeline, self.sampling)
         self.missing: list[int] = []
         for index, path in enumerate(self.paths):
             if not path.exists():
@@ -63,15 +59,21 @@ class Worklist:
                     f"{path} is there already and was made with other settings; choose another folder, or --overwrite"
                 )
 
-    def run(self, on_steps: Callable[[int], object] | None = None) -> dict[str, float]:
-        """Generate what is missing -> seconds by phase. ``on_steps`` gets image-steps done since the last call."""
+    def run(self, on_step: Callable[[Progress], object] | None = None) -> dict[str, float]:
+        """Generate what is missing -> seconds by phase. Ctrl-C leaves all files there whose images were finished.
+
+        ``on_step`` is called after every outer step."""
         sampling, timings = self.sampling, {"total": 0.0}
         for first in range(0, len(self.missing), sampling.size):
             indices = self.missing[first : first + sampling.size]
 
-            def step(_: object, count: int = len(indices)) -> None:
-                if on_steps:
-                    on_steps(count)
+            def step(progress: Progress, indices: list[int] = indices) -> None:
+                if on_step:
+                    on_step(progress)
+                if progress.step == progress.num_iter:  # these are finished
+                    done = [indices[row] for row in progress.rows]
+                    given = ([part[index] for index in done] for part in (self.paths, self.metadata))
+                    save_all(zip(progress.preview(), *given, strict=True))
 
             made = self.pipeline.generate(
                 [self.labels[index] for index in indices],
@@ -84,8 +86,6 @@ class Worklist:
                 batch_size=sampling.batch_size,
                 callback=step,
             )
-            for index, image in zip(indices, made.images, strict=True):
-                save_png(image, self.paths[index], self.metadata[index])
             for phase, seconds in made.timings.items():
                 timings[phase] = timings.get(phase, 0.0) + seconds
         self.missing = []
@@ -95,6 +95,16 @@ class Worklist:
         """All images of the list, read back from the folder."""
         side = self.pipeline.config.img_size
         return [read_png(path, (side, side)) for path in self.paths]
+
+
+def metadata_of(pipeline: Pipeline, sampling: Sampling) -> list[dict[str, Any]]:
+    """What the files of a request's images say of how they were made."""
+    manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
+    made_by = {"seed": sampling.seed, "precision": pipeline.precision, "bundle": manifest[:16]}
+    return [
+        sampling.settings(row) | made_by | {"index": index, "label": int(sampling.labels[row])}
+        for row, index in enumerate(sampling.indices)
+    ]
 
 
 def _writable(folder: Path) -> None:

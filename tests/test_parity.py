@@ -26,6 +26,7 @@ from arinar.measure import parity as parity_module
 from arinar.measure.checks import CONTROL_FACTOR, ORIGINS, THRESHOLDS, Check, ParityReport, parse_thresholds
 from arinar.measure.distances import MAX_PSNR, frechet_between, frechet_distance, mmd_test, psnr
 from arinar.measure.parity import add_distribution, run_parity
+from arinar.measure.parity_report import render
 from arinar.model import Arinar
 from arinar.runtime import Noise, Pipeline
 from arinar.runtime.backends.engines import EngineError
@@ -88,6 +89,41 @@ def test_unguided_and_causal_models_pass_too(
     causal = Pipeline.load(causal_bundle, threads=1)
     report = run_parity(causal, load_arinar("digits-causal"), load_vae("digits-causal"), labels=[5])
     assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("kind", ["digits", "digits-causal"])
+def test_an_edit_is_compared_as_well(demo_bundle: Any, kind: str) -> None:
+    pipeline, model, vae = Pipeline.load(demo_bundle(kind), threads=1), load_arinar(kind), load_vae(kind)
+    few: dict[str, Any] = {"labels": [3, 7], "num_iter": 3, "guidance_scale": 2.0}
+    plain, edited = (run_parity(pipeline, model, vae, edit=edit, **few) for edit in (False, True))
+    assert edited.passed, edited.table()
+    added = [c for c in edited.checks if c not in plain.checks]
+    free = [c.name for c in plain.checks if c.level == "free-running"]
+    assert [c.name for c in added] == [f"edit: {name}" for name in free] and {c.level for c in added} == {"free-running"}
+    assert check(edited, "free-running", "edit: same picks").note == "each side's own draws, 256 features"  # of half the tokens
+    assert edited.images.keys() == plain.images.keys() and edited.curves.keys() == plain.curves.keys()
+    for name in ("reference", "deployed"):
+        assert np.array_equal(edited.images[name], plain.images[name])  # the free run's, not the edit's
+    page = render(edited)
+    assert "edit: picks of the same component" in page and page.count("100 %") > render(plain).count("100 %")
+    with_control = run_parity(pipeline, model, vae, edit=True, control=True, **few)
+    assert with_control.passed and all(c.control is not None for c in with_control.checks if c.name.startswith("edit: "))
+
+
+def test_an_edit_that_differs_fails_by_its_own_name(
+    pipeline: Pipeline, model: Arinar, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deployed side is made to read its known tokens wrongly: levels 1 and 2 cannot see that."""
+    fill = pipeline.loop.fill
+
+    def wrong(state: Any, batch: Any, seconds: Any) -> None:
+        fill(state, batch, seconds)
+        if batch.known is not None:
+            state.tokens[-1] += 0.5
+
+    monkeypatch.setattr(pipeline.loop, "fill", wrong)
+    report = run_parity(pipeline, model, vae, edit=True, **QUICK)
+    assert report.failed and all(c.name.startswith("edit: ") for c in report.failed), report.table()
 
 
 @pytest.mark.parametrize(("parameter", "step"), [("decoder_norm.weight", 0), ("z_proj.weight", 1)])

@@ -38,7 +38,9 @@ def pipeline(request: pytest.FixtureRequest, demo_bundle: Any) -> Pipeline:
 def test_defaults_are_the_bundles() -> None:
     sampling = resolve([3, 1])
     assert sampling.settings() == {"guidance_scale": 4.0, "cfg_schedule": "linear", "temperature": 1.0, "num_iter": 12}
-    assert sampling.indices == [0, 1] and sampling.size == 2 and sampling.batch_size is None and len(sampling.plan) == 12
+    assert (
+        sampling.indices == [0, 1] and sampling.size == 2 and sampling.batch_size is None and len(sampling.batch().plan) == 12
+    )
 
 
 def test_values_per_label() -> None:

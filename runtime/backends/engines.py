@@ -247,10 +247,12 @@ def find_engines(
             damaged = [item for item in problems if item.partition(": ")[0].endswith(f"/{graph}")]
             reasons = "; ".join(refused + damaged) or "none has been built"
             lean = module in RUNTIME_ONLY
+            # (What generation does not run is not built unless asked for.)
+            only = f" --graph {graph}" if bundle.manifest.precision_graphs(precision)[graph].phase == "encode" else ""
             where = f"with {RUNTIME_ONLY[module]} installed" if lean else "on this machine"
             raise EngineError(
                 f"no {precision} engine of graph {graph!r} runs on {module} {version} and compute capability "
-                f"{compute_capability} ({reasons}). Run `{build_command(bundle, module, precision, lean)}` {where}"
+                f"{compute_capability} ({reasons}). Run `{build_command(bundle, module, precision, lean)}{only}` {where}"
             )
     return chosen
 
