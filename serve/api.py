@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arinar.reading import parse_json
 from arinar.runtime import Pipeline
 from arinar.runtime.request import Sampling
+from arinar.text import shown
 
 from .classes import Classes
 from .errors import invalid, of_value, unknown
@@ -21,6 +22,8 @@ MOST_IMAGES = 64
 MOST_PREVIEWS = 256
 #: Seeds that are drawn here can be written as a number by every program (JavaScript's hold 53 bits).
 SEEDS = 1 << 32
+#: Fields that are lists.
+LISTS = ("labels", "indices")
 #: What other programs call our parameters.
 MEANT = {
     "num_inference_steps": "num_iter",
@@ -76,7 +79,7 @@ class ImageRequest(BaseModel):
         if self.prompt in (None, ""):
             raise invalid("prompt is missing; give a class id or name (or labels, a list of ids)", "prompt", "missing")
         try:
-            label = classes.label(self.prompt)  # type: ignore[arg-type]
+            label = classes.label(self.prompt)
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
         return [label] * (self.n or 1)
@@ -85,7 +88,7 @@ class ImageRequest(BaseModel):
         """The request as the runtime has it, defaults filled in. Raises ApiError naming the parameter that is wrong."""
         side = pipeline.config.img_size
         if self.size not in (None, "auto", f"{side}x{side}"):
-            raise invalid(f"size is {self.size[:40]!r}; this model makes {side}x{side}", "size")  # type: ignore[index]
+            raise invalid(f"size is {self.size[:40]!r}; this model makes {side}x{side}", "size")
         if self.partial_images and not self.stream:
             raise invalid("partial_images has a meaning with stream alone", "partial_images")
         labels = self.classes(classes)
@@ -111,6 +114,13 @@ class ImageRequest(BaseModel):
 
 class GenerationRequest(ImageRequest):
     """`POST /v1/images/generations`."""
+
+
+class EditRequest(ImageRequest):
+    """`POST /v1/images/edits`: a form, with the files image and mask beside these fields."""
+
+    grow: Annotated[int, Field(ge=0)] | None = Field(None, description="So many tokens more around the mask.")
+    paste: bool | None = Field(None, description="Outside the mask, the very pixels that were given. [default: true]")
 
 
 class ImageDatum(BaseModel):
@@ -147,7 +157,10 @@ class ImagesAnswer(BaseModel):
     data: list[ImageDatum]
 
 
-def parse_body[Request: ImageRequest](kind: type[Request], body: bytes, content_type: str | None) -> Request:
+Request = TypeVar("Request", bound=ImageRequest)
+
+
+def parse_body(kind: type[Request], body: bytes, content_type: str | None) -> Request:
     """A JSON body as a request. Raises ApiError."""
     # (A browser sends other types across origins without asking the server first.)
     if (content_type or "").partition(";")[0].strip().lower() != "application/json":
@@ -161,7 +174,7 @@ def parse_body[Request: ImageRequest](kind: type[Request], body: bytes, content_
     return checked(kind, data, kind.model_validate)
 
 
-def checked[Request: ImageRequest](kind: type[Request], data: Mapping[str, Any], validate: Any) -> Request:
+def checked(kind: type[Request], data: Mapping[str, Any], validate: Any) -> Request:
     """Parameters as a request. Raises ApiError for the first that is unknown or wrong."""
     for name in data:
         if name not in kind.model_fields:
@@ -169,9 +182,23 @@ def checked[Request: ImageRequest](kind: type[Request], data: Mapping[str, Any],
     try:
         request: Request = validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        # Of a choice of types pydantic tells all: the place's first word is the parameter.
-        name = str(first["loc"][0]) if first["loc"] else None
+        first = error.errors(include_url=False)[0]
+        # (Of a choice of types pydantic tells all: the place's first word is the parameter.)
+        param = str(first["loc"][0])
         where = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-        raise invalid(f"{name}{where}: {first['msg'][0].lower()}{first['msg'][1:]}", name) from None
+        expected = first["msg"].replace("Input should", "it should")
+        raise invalid(f"{param}{where} is {shown(first['input'])}; {expected}", param) from None
     return request
+
+
+def parse_form(kind: type[Request], fields: list[tuple[str, str]]) -> Request:
+    """A form's fields as a request: its numbers are text, a list's items come one by one. Raises ApiError."""
+    data: dict[str, Any] = {}
+    for name, value in fields:
+        if name in LISTS:
+            data.setdefault(name, []).extend(value.split(","))
+        elif name in data:
+            raise invalid(f"{name} is given twice", name)
+        else:
+            data[name] = value
+    return checked(kind, data, kind.model_validate_strings)

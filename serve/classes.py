@@ -32,10 +32,14 @@ class Classes:
                 if len(found) == 1:
                     return found[0]
                 if found:
-                    raise ValueError(f"prompt is {shown(prompt)}, the name of several classes: give an id, {self._listed(found)}")
+                    raise ValueError(
+                        f"prompt is {shown(prompt)}, the name of several classes: give an id, {self._listed(found)}"
+                    )
         near = difflib.get_close_matches(text.casefold(), [name.casefold() for name in self.names], 3, 0.6)
         close = [label for label, name in enumerate(self.names) if name.casefold() in near][:3]
-        hint = f"close to it are {self._listed(close)}" if close else f"give an id, 0..{self.count - 1}, or a name of /v1/models"
+        hint = (
+            f"close to it are {self._listed(close)}" if close else f"give an id, 0..{self.count - 1}, or a name of /v1/models"
+        )
         raise ValueError(f"prompt is {shown(prompt)}, no class of this model; {hint}")
 
     def _whole(self, text: str, same: Callable[[str], str]) -> list[int]:

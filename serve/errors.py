@@ -16,7 +16,7 @@ MOST_LETTERS = 500
 
 
 class ApiError(Exception):
-    """An answer that says what was wrong. ``param``: the argument; ``code``: for programs; ``headers``: more of the answer's."""
+    """An answer that says what was wrong. ``param``: the argument; ``code``: for programs; ``headers``: the answer's own."""
 
     def __init__(
         self,

@@ -36,7 +36,9 @@ def places_matter(pipeline: Pipeline, size: int) -> bool:
     """
     config = pipeline.config
     lots = -(-TRIED_FEATURES // (config.seq_len * config.token_dim * size))
-    return size > 1 and any(_differ(pipeline, _pictures(pipeline, size, lot, scale)) for scale in (3.5, 1.0) for lot in range(lots))
+    return size > 1 and any(
+        _differ(pipeline, _pictures(pipeline, size, lot, scale)) for scale in (3.5, 1.0) for lot in range(lots)
+    )
 
 
 def _pictures(pipeline: Pipeline, size: int, seed: int, scale: float) -> Sampling:

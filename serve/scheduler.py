@@ -16,10 +16,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from arinar.runtime import Noise, Pipeline, Progress
+from arinar.runtime import Known, Noise, Pipeline, Progress
 from arinar.runtime.request import Sampling
 
 
@@ -113,8 +112,8 @@ class _Row:
     def kind(self) -> tuple[Any, ...]:
         """What rows of one micro-batch have in common."""
         sampling, job = self.job.sampling, self.job
-        guided = bool(sampling.guidance_scale[self.place] != 1.0)
-        return sampling.num_iter, sampling.cfg_schedule, guided, id(job) if job.alone else None
+        guided, unknown = bool(sampling.guidance_scale[self.place] != 1.0), int(sampling.unknown[self.place])
+        return sampling.num_iter, sampling.cfg_schedule, guided, unknown, id(job) if job.alone else None
 
 
 class Scheduler:
@@ -283,14 +282,14 @@ class Scheduler:
         """Tell every request in a micro-batch what was reached."""
         looking = progress.result is None and any(progress.step in row.job.previews and not row.job.ended for row in rows)
         previews = progress.preview() if looking else []
-        result = progress.result
+        images = progress.result.images if progress.result is not None else []
         with self._changed:
             for job in {row.job: None for row in rows}:
                 own = [number for number, row in enumerate(rows) if row.job is job]
                 shown = tuple(previews[number] for number in own) if progress.step in job.previews and looking else ()
                 job.tell(Stepped(progress.step, progress.num_iter, tuple(rows[number].place for number in own), shown))
-                for number in own if result is not None else ():
-                    job.tell(Made(rows[number].place, result.images[number]))
+                for number in own if images else ():
+                    job.tell(Made(rows[number].place, images[number]))
                     job.left -= 1
                 if not job.left:
                     job.tell(Ended())
@@ -338,6 +337,7 @@ class Scheduler:
 def joined(rows: Sequence[_Row]) -> dict[str, Any]:
     """Rows of several requests as the arguments of one `Pipeline.stream`."""
     batches = [row.job.sampling.batch([row.place]) for row in rows]
+    known = [batch.known for batch in batches if batch.known is not None]  # of all rows, or of none
     return {
         "labels": [int(batch.labels[0]) for batch in batches],
         "noise": Noise.joined([batch.noise for batch in batches]),
@@ -345,4 +345,5 @@ def joined(rows: Sequence[_Row]) -> dict[str, Any]:
         "temperature": [float(batch.temperature[0]) for batch in batches],
         "cfg_schedule": batches[0].cfg_schedule,
         "num_iter": rows[0].job.sampling.num_iter,
+        "known": Known.joined(known) if known else None,
     }

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ from arinar.runtime.request import Sampling
 
 from .api import ImageDatum
 from .classes import Classes
-from .errors import ApiError, retry_after
+from .errors import ApiError, as_answer, retry_after
 from .logs import log
 from .metrics import Metrics
 from .places import size_without_places
-from .scheduler import BatchReport, Ended, Event, Scheduler
+from .scheduler import BatchReport, Ended, Event, Job, QueueFull, Scheduler, Stopping
 
 #: While nothing happens, a stream says so this often: what lies between server and client may close silent connections.
 SIGN_OF_LIFE = 15.0
@@ -53,7 +53,11 @@ class Options:
                 f"max_batch is {self.max_batch}; expected 1, 2, 4, 8, ... (up to 4096): at other sizes a picture's last bits "
                 f"may depend on its place in a micro-batch"
             )
-        for name, value, least in (("max_wait_ms", self.max_wait_ms, 0), ("queue", self.queue, 1), ("timeout", self.timeout, 0)):
+        for name, value, least in (
+            ("max_wait_ms", self.max_wait_ms, 0),
+            ("queue", self.queue, 1),
+            ("timeout", self.timeout, 0),
+        ):
             if not least <= value < 1e9:
                 raise ValueError(f"{name} is {value}; expected a number from {least} on")
 
@@ -66,11 +70,11 @@ class Service:
         self.name = self.options.name or pipeline.bundle.folder.resolve().name
         self.classes = Classes(pipeline.config)
         self.created = int(time.time())
+        self._bundle = file_sha256(pipeline.bundle.path(MANIFEST_NAME))[:16]
+        self._scheduler: Scheduler | None = None
         self.metrics = Metrics(
             lambda: self._scheduler.depth if self._scheduler else 0, lambda: self._scheduler.running if self._scheduler else 0
         )
-        self._bundle = file_sha256(pipeline.bundle.path(MANIFEST_NAME))[:16]
-        self._scheduler: Scheduler | None = None
         self._closed, self._lock = False, threading.Lock()
 
     # Its life.
@@ -119,7 +123,9 @@ class Service:
     def scheduler(self) -> Scheduler:
         """Raises ApiError (503) before the service is ready."""
         if self._scheduler is None:
-            raise ApiError(503, "the model is being made ready; ask again in a moment", code="not_ready", headers=retry_after(2))
+            raise ApiError(
+                503, "the model is being made ready; ask again in a moment", code="not_ready", headers=retry_after(2)
+            )
         return self._scheduler
 
     # What it tells of itself.
@@ -153,36 +159,14 @@ class Service:
 
     # Requests.
 
-    async def follow(
-        self, sampling: Sampling, previews: set[int], gone: Callable[[], Awaitable[None]]
-    ) -> AsyncIterator[Event | None]:
-        """A request's events, to the last; None now and then while there are none. It is cancelled when ``gone`` returns
-        (then ApiError 499 is raised), or when who iterates stops. Raises ApiError for what the scheduler refuses."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
-
-        def tell(event: Event | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is there to be told
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        job = self.scheduler.submit(sampling, tell, previews=previews)
-        watch = asyncio.ensure_future(gone())
+    def submit(self, sampling: Sampling, previews: Collection[int] = ()) -> Submitted:
+        """A request joins the queue. To be called in the event loop. Raises ApiError for what the scheduler refuses."""
+        submitted = Submitted()
         try:
-            while True:
-                event = asyncio.ensure_future(events.get())
-                await asyncio.wait({event, watch}, timeout=SIGN_OF_LIFE, return_when=asyncio.FIRST_COMPLETED)
-                if watch.done():
-                    event.cancel()
-                    raise ApiError(499, "the client has gone", code="client_gone")
-                if not event.done():
-                    event.cancel()
-                    yield None
-                    continue
-                yield event.result()
-                if isinstance(event.result(), Ended):
-                    return
-        finally:
-            watch.cancel()
-            job.cancel()
+            submitted.job = self.scheduler.submit(sampling, submitted.tell, previews=previews)
+        except (QueueFull, Stopping) as error:
+            raise as_answer(error) from error
+        return submitted
 
     async def datum(self, sampling: Sampling, row: int, image: Image.Image) -> ImageDatum:
         """An image of a request, as its answer has it."""
@@ -197,3 +181,41 @@ class Service:
             label=label,
             class_name=self.classes.name(label),
         )
+
+
+class Submitted:
+    """A request's events, from the scheduler's thread into the event loop's."""
+
+    job: Job
+
+    def __init__(self) -> None:
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+    def tell(self, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is there to be told
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self, gone: Callable[[], Awaitable[None]]) -> AsyncGenerator[Event | None, None]:
+        """The events to the last; None now and then while there are none. The request is cancelled when ``gone`` returns
+        (then ApiError 499 is raised), or when who iterates stops."""
+        watch: asyncio.Future[None] = asyncio.ensure_future(gone())
+        coming: asyncio.Future[Event] | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(self._events.get())
+                either: list[asyncio.Future[Any]] = [coming, watch]
+                await asyncio.wait(either, timeout=SIGN_OF_LIFE, return_when=asyncio.FIRST_COMPLETED)
+                if watch.done():
+                    raise ApiError(499, "the client has gone", code="client_gone")
+                if not coming.done():
+                    yield None
+                    continue
+                event, coming = coming.result(), None
+                yield event
+                if isinstance(event, Ended):
+                    return
+        finally:
+            watch.cancel()
+            if coming is not None:
+                coming.cancel()
+            self.job.cancel()

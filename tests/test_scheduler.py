@@ -196,7 +196,9 @@ def test_steps_and_previews_are_told_to_who_asked(pipeline: Pipeline) -> None:
     assert plain.end() is None and curious.end() is None
     scheduler.close()
     steps = [event for event in plain.seen if isinstance(event, Stepped)]
-    assert [(event.step, event.num_iter, event.rows, event.previews) for event in steps] == [(s, 12, (0,), ()) for s in range(1, 13)]
+    assert [(event.step, event.num_iter, event.rows, event.previews) for event in steps] == [
+        (s, 12, (0,), ()) for s in range(1, 13)
+    ]
     shown = [(event.step, event.rows) for event in curious.seen if isinstance(event, Stepped) and event.previews]
     assert shown == [(2, (0, 1, 2)), (5, (0, 1, 2))]
     assert [event.row for event in curious.seen if isinstance(event, Made)] == [0, 1, 2]
