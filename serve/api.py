@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,8 +23,9 @@ MOST_IMAGES = 64
 MOST_PREVIEWS = 256
 #: Seeds that are drawn here can be written as a number by every program (JavaScript's hold 53 bits).
 SEEDS = 1 << 32
-#: Fields that are lists.
+#: Fields that are lists, and such as are text.
 LISTS = ("labels", "indices")
+TEXTS = ("model", "prompt", "size", "response_format", "output_format", "cfg_schedule", "user")
 #: What other programs call our parameters.
 MEANT = {
     "num_inference_steps": "num_iter",
@@ -171,16 +173,16 @@ def parse_body(kind: type[Request], body: bytes, content_type: str | None) -> Re
         raise invalid(f"the body is no JSON: {error}", None, "invalid_json") from None
     if not isinstance(data, dict):
         raise invalid("the body is no JSON object", None, "invalid_json")
-    return checked(kind, data, kind.model_validate)
+    return checked(kind, data)
 
 
-def checked(kind: type[Request], data: Mapping[str, Any], validate: Any) -> Request:
+def checked(kind: type[Request], data: Mapping[str, Any]) -> Request:
     """Parameters as a request. Raises ApiError for the first that is unknown or wrong."""
     for name in data:
         if name not in kind.model_fields:
             raise unknown(str(name), kind.model_fields, MEANT)
     try:
-        request: Request = validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         # (Of a choice of types pydantic tells all: the place's first word is the parameter.)
@@ -188,17 +190,26 @@ def checked(kind: type[Request], data: Mapping[str, Any], validate: Any) -> Requ
         where = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
         expected = first["msg"].replace("Input should", "it should")
         raise invalid(f"{param}{where} is {shown(first['input'])}; {expected}", param) from None
-    return request
 
 
 def parse_form(kind: type[Request], fields: list[tuple[str, str]]) -> Request:
-    """A form's fields as a request: its numbers are text, a list's items come one by one. Raises ApiError."""
+    """A form's fields as a request: numbers and truth values are text there, a list's items come one by one, or between
+    commas. Raises ApiError."""
     data: dict[str, Any] = {}
-    for name, value in fields:
+    for name, text in fields:
         if name in LISTS:
-            data.setdefault(name, []).extend(value.split(","))
+            data.setdefault(name, []).extend(_scalar(item) for item in text.split(","))
         elif name in data:
             raise invalid(f"{name} is given twice", name)
         else:
-            data[name] = value
-    return checked(kind, data, kind.model_validate_strings)
+            data[name] = text if name in TEXTS else _scalar(text)
+    return checked(kind, data)
+
+
+def _scalar(text: str) -> Any:
+    """A number or a truth value that a field's text writes out, or the text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, (int, float)) else text

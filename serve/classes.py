@@ -33,7 +33,7 @@ class Classes:
                     return found[0]
                 if found:
                     raise ValueError(
-                        f"prompt is {shown(prompt)}, the name of several classes: give an id, {self._listed(found)}"
+                        f"prompt is {shown(prompt)}, which names several classes: give an id, {self._listed(found)}"
                     )
         near = difflib.get_close_matches(text.casefold(), [name.casefold() for name in self.names], 3, 0.6)
         close = [label for label, name in enumerate(self.names) if name.casefold() in near][:3]

@@ -34,6 +34,8 @@ def read_picture(name: str, data: bytes, side: int, formats: tuple[str, ...] = F
                 return found
     except ValueError as error:  # of check_size; and Pillow's
         raise invalid(one_line(error), name) from None
+    except Image.DecompressionBombError:
+        raise invalid(f"{name} has far too many pixels; this model takes {side} x {side}", name) from None
     except Exception as error:  # what Pillow raises for damaged files has no common type
         kinds = " or ".join(["a PNG"] if formats == ("PNG",) else ["PNG", "JPEG", "WebP"])
         reason = "cannot be told as" if isinstance(error, UnidentifiedImageError) else "is a damaged"
