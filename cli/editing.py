@@ -147,18 +147,14 @@ def _paths(out: Path, count: int, overwrite: bool) -> list[Path]:
 
 
 def _picture(path: Path, side: int, resize: bool) -> Image:
-    from arinar.runtime.editing import check_size
     from arinar.runtime.images import read_picture
 
-    picture = read_picture(path)
-    if not resize:
-        check_size(f"{path}", picture, side, remedy="crop or resize it, or --resize")
-    return picture
+    return read_picture(path, None if resize else side, "crop or resize it, or --resize")
 
 
 def _anew(mask_file: Path | None, box: tuple[int, ...] | None, outpaint: bool, side: int) -> npt.NDArray[np.bool_]:
     """(side, side), True where the picture is to be generated anew. Raises ValueError where that is nowhere."""
-    from arinar.runtime.editing import as_mask, box_mask, check_size
+    from arinar.runtime.editing import as_mask, box_mask
     from arinar.runtime.images import read_picture
 
     if mask_file is None:
@@ -167,9 +163,7 @@ def _anew(mask_file: Path | None, box: tuple[int, ...] | None, outpaint: bool, s
         anew = ~inside if outpaint else inside
         nothing = "the box keeps the whole picture"
     else:
-        mask = read_picture(mask_file)
-        check_size(f"{mask_file}", mask, side)
-        anew = as_mask(mask, side)[0]
+        anew = as_mask(read_picture(mask_file, side), side)[0]
         nothing = f"{mask_file} is black everywhere"
     if not anew.any():
         raise ValueError(f"{nothing}: nothing is left to generate")

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from arinar.config import ArinarConfig
 from arinar.text import shown
 
-from .images import MOST_PIXELS
+from .images import MOST_PIXELS, check_size
 from .values import is_whole
 
 Pixels = npt.NDArray[np.uint8]
@@ -57,12 +57,6 @@ def _square(name: str, image: Any, side: int, resize: bool) -> Pixels:
         image = ImageOps.fit(_opaque(name, image, "RGB"), (side, side), Image.Resampling.LANCZOS)
     check_size(name, image, side)
     return np.asarray(_opaque(name, image, "RGB"))
-
-
-def check_size(name: str, image: Image.Image, side: int, remedy: str = "crop or resize it first") -> None:
-    """Raise ValueError for an image that is not of the model's size. Decodes nothing."""
-    if image.size != (side, side):
-        raise ValueError(f"{name} has {image.size[0]} x {image.size[1]} pixels; this model takes {side} x {side}: {remedy}")
 
 
 def _opaque(name: str, image: Image.Image, mode: str) -> Image.Image:

@@ -82,9 +82,18 @@ def read_png(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image
         raise ValueError(f"{path} cannot be shown: {error}; delete it, and it is made again") from None
 
 
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture from a file, decoded, turned as its camera was held. Raises ValueError for what is none, is damaged, or has
-    more than MOST_PIXELS, which are not decoded then."""
+def check_size(name: str, image: Image.Image, side: int, remedy: str = "crop or resize it first") -> None:
+    """Raise ValueError for an image that is not of the model's size. Decodes nothing."""
+    if image.size != (side, side):
+        raise ValueError(f"{name} has {image.size[0]} x {image.size[1]} pixels; this model takes {side} x {side}: {remedy}")
+
+
+def read_picture(path: str | os.PathLike[str], side: int | None = None, remedy: str = "crop or resize it") -> Image.Image:
+    """A picture from a file, decoded, turned as its camera was held.
+
+    Raises ValueError for what is none, is damaged, is not of ``side`` x ``side`` pixels (None: any, but not more than
+    MOST_PIXELS): the last are not decoded. ``remedy``: against another size.
+    """
     try:
         check_regular(Path(path))
         with warnings.catch_warnings():
@@ -92,12 +101,14 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"it has {image.width} x {image.height} pixels; expected at most {MOST_PIXELS:,}")
+                if side is not None:
+                    check_size("it", image, side, remedy)
                 found = ImageOps.exif_transpose(image)
                 found.load()
                 return found
     except Exception as error:  # what Pillow raises for damaged files has no common type
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ValueError(f"{path} cannot be read as a picture: {one_line(reason)}") from None
+        raise ValueError(f"{path} cannot be used as a picture: {one_line(reason)}") from None
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

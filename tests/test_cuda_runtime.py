@@ -33,7 +33,7 @@ from fake_gpu import (
 import arinar.runtime.backends as backends_module
 import arinar.runtime.backends.gpu as cuda_backend
 import arinar.runtime.machine as machine_module
-from arinar.runtime import Bundle, BundleError, Pipeline
+from arinar.runtime import Bundle, BundleError, Known, Pipeline
 from arinar.runtime.backends.cuda import Cuda, CudaError, GpuMemoryError, NoGpuError, device_info, load_runtime
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import GraphInfo, TensorInfo
@@ -127,6 +127,46 @@ def test_images_are_the_cpus_bit_for_bit(
     for call, want in zip(calls, wanted, strict=True):
         assert_same(pipeline.generate(**call), want)
     assert len(runtime.graphs) >= 1 and not runtime.queue
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime-cuda"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_are_the_cpus_bit_for_bit(
+    bundles: dict[str, Path], runtime: FakeCudaRuntime, trt: Any, kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded steps are shared by plans with and without known tokens, of buffers that are used again."""
+    reference = cpu(bundles[kind])
+    tokens = reference.generate(LABELS, seed=9).tokens
+    calls: list[dict[str, Any]] = []
+    for seed, count in enumerate((0, 4, 9, 4, 4, 0, 9, 9, 16, 16, 16, 15, 0)):
+        rng = np.random.default_rng(seed)
+        order = (np.arange(16) if kind == "digits-causal" else rng.permutation(16) for _ in LABELS)
+        known = Known(tokens, np.stack([places < count for places in order]))
+        calls.append({"seed": seed, "known": known, "guidance_scale": 2.0})
+    wanted = [reference.generate(LABELS, **call) for call in calls]
+    if backend == "onnxruntime-cuda":
+        monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime(runtime))
+    pipeline = gpu(bundles[kind], runtime, backend, cuda_graphs=True)
+    for call, want in zip(calls, wanted, strict=True):
+        assert_same(pipeline.generate(LABELS, **call), want)
+    assert len(runtime.graphs) >= 1 and not runtime.queue
+
+
+def test_pictures_are_encoded_where_an_engine_is(
+    bundles: dict[str, Path], tmp_path: Path, runtime: FakeCudaRuntime, trt: Any
+) -> None:
+    folder = Path(shutil.copytree(bundles["digits"], tmp_path / "b"))
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    mask = np.arange(32)[:, None].repeat(32, 1) >= 16
+    pipeline = gpu(folder, runtime)
+    for seed in range(3):
+        assert_same(pipeline.edit(pictures, mask, LABELS, seed=seed), cpu(folder).edit(pictures, mask, LABELS, seed=seed))
+    for file in folder.glob("engines/*/vae_encoder.*"):  # which `arinar build` does not make unless it is told
+        file.unlink()
+    without = gpu(folder, runtime)
+    without.generate(LABELS)
+    with pytest.raises(EngineError, match=r"no fp32 engine of graph 'vae_encoder' .*--precision fp32 --graph vae_encoder`"):
+        without.edit(pictures, mask, LABELS)
 
 
 def test_without_cuda_graphs(digits: Path, runtime: FakeCudaRuntime, trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,19 @@ def test_there_is_code() -> None:
     assert BLOCKS and "Pipeline.load" in BLOCKS[0]
 
 
+def test_the_page_on_editing_runs(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (README.parent / "docs" / "editing.md").read_text(), flags=re.M | re.S)
+    shutil.copytree(digits_bundle, tmp_path / "bundle")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "photo.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    mask.save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.replace("[207]", "[2]"), "docs/editing.md", "exec"), {"__name__": "__main__"})
+    with Image.open("edited.png") as edited:
+        assert edited.getpixel((0, 0)) == (255, 255, 255) and edited.getpixel((16, 16)) != (255, 255, 255)
+
+
 def test_python_blocks_run(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after another, as a reader would, on a demo model: it has other labels and fewer steps than a published one.
     Nothing else is changed."""
