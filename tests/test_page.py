@@ -83,7 +83,7 @@ class Looking:
 
     def shot(self, name: str) -> None:
         if SHOTS:
-            self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+            self.page.screenshot(path=f"{SHOTS}/{name}.png")
 
     def close(self) -> None:
         self.context.close()

@@ -660,3 +660,55 @@ def test_a_causal_model_edits_what_comes_last(causal_bundle: Path, picture: Imag
         upper = mask_of()[::-1]
         answer = edit(served, {"image": png(picture), "mask": png(upper)}, prompt="3")
         refused(answer, 400, "invalid_value", "A causal model goes on from the tokens that it is given", param="mask")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_serves_until_it_is_told_to_stop(digits_bundle: Path, pipeline: Pipeline) -> None:
+    import signal
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "arinar", "serve", str(digits_bundle), "--port", "0", "--max-batch", "4", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        greeting = process.stdout.readline()
+        port = int(greeting.split("http://127.0.0.1:")[1].split()[0])
+        assert "Ctrl-C stops it" in greeting and f"curl http://127.0.0.1:{port}/v1/images" in process.stdout.readline()
+        ready = json.loads(process.stderr.readline())  # the trial is over
+        assert ready["event"] == "ready" and ready["max_batch"] == 4 and ready["tried"] is True
+        served = Served(None, port, None)  # type: ignore[arg-type]
+        answer = served.generate(prompt="3", seed=9)[2]
+        assert np.array_equal(pixels(answer["data"][0]), direct(pipeline, 3, 9)) and answer["model"] == digits_bundle.name
+        refused(served.generate({"Host": "evil.example"}, prompt="3"), 403, "wrong_host")
+        process.send_signal(signal.SIGINT)
+        out, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0 and out.endswith("stopped\n")
+    events = [json.loads(line)["event"] for line in log.splitlines()]
+    assert events == ["request", "request", "shutting down"]
+
+
+def test_what_the_command_refuses(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from test_cli import arinar, fails
+
+    serve = ("serve", digits_bundle)
+    fails(arinar(*serve, "--host", "0.0.0.0"), 2, "--host 0.0.0.0 lets other machines in: give --api-key-file", "--insecure")
+    fails(arinar(*serve, "--max-batch", 6), 2, "max_batch is 6; expected 1, 2, 4, 8")
+    fails(arinar(*serve, "--queue", 0), 2, "queue is 0; expected a number from 1 on")
+    fails(arinar(*serve, "--max-wait-ms", -1), 2, "max_wait_ms is -1.0")
+    fails(arinar(*serve, "--timeout", "nan"), 2, "timeout is nan")
+    fails(arinar(*serve, "--api-key-file", tmp_path / "none"), 2, "No such file")
+    fails(arinar(*serve, "--host", "no.such.host.invalid", "--insecure"), 2, "cannot listen on no.such.host.invalid")
+    fails(arinar("serve", tmp_path, "--port", 0), 2, "is not a bundle")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        fails(arinar(*serve, "--port", taken.getsockname()[1]), 2, "in use; choose another --port")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "arinar.serve.server", raising=False)
+    fails(arinar(*serve), 2, "this command needs the package 'uvicorn'", "pip install '.[serve]'")
