@@ -34,7 +34,8 @@ from .group import main
 @click.option(
     "--no-trial",
     is_flag=True,
-    help="Do not try at start whether pictures depend on what is beside them in a micro-batch: the last bits then may.",
+    help="Do not try at start whether pictures depend on what is beside them (their last bits then may), and in how small "
+    "micro-batches they are the same.",
 )
 @RUNTIME
 def serve(

@@ -1,7 +1,7 @@
 """Requests that share micro-batches: one worker thread owns the pipeline, whoever asks waits for events.
 
 A request's images are rows. Rows that may share a micro-batch (`_Row.kind`) join in the order of their arrival, and the oldest
-row's micro-batch always comes next, so nobody starves. A micro-batch has one fixed size, short ones are filled up: a picture is
+row's micro-batch always comes next, so nobody starves. Micro-batches have fixed sizes, short ones are filled up: a picture is
 then the same to the last bit whatever is generated beside it (where its place does not matter either: `places`).
 """
 
@@ -119,7 +119,8 @@ class _Row:
 class Scheduler:
     """Micro-batches of requests in front of one pipeline, which nobody else may use meanwhile.
 
-    max_batch : places of a micro-batch. max_wait : seconds that the oldest row waits for company. queue : rows that may wait.
+    sizes : places that a micro-batch may have, in ascending order; it takes the first that holds its rows. max_wait : seconds
+    that the oldest row waits for company. queue : rows that may wait.
     timeout : seconds from a request's arrival to its last image. observe : called by the worker after each micro-batch.
     """
 
@@ -127,13 +128,14 @@ class Scheduler:
         self,
         pipeline: Pipeline,
         *,
-        max_batch: int = 8,
+        sizes: Sequence[int] = (8,),
         max_wait: float = 0.01,
         queue: int = 256,
         timeout: float = 300.0,
         observe: Callable[[BatchReport], None] | None = None,
     ) -> None:
-        self.pipeline, self.max_batch, self.max_wait, self.queue, self.timeout = pipeline, max_batch, max_wait, queue, timeout
+        self.pipeline, self.sizes, self.max_batch = pipeline, tuple(sizes), sizes[-1]
+        self.max_wait, self.queue, self.timeout = max_wait, queue, timeout
         self._observe = observe
         self._waiting: deque[_Row] = deque()
         self._tasks: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -254,8 +256,9 @@ class Scheduler:
     def _generate(self, rows: list[_Row]) -> None:
         """A micro-batch, from its first step to its images, or until nobody wants it."""
         began, error, seconds, wanted = time.monotonic(), None, dict[str, float](), True
+        size = next(size for size in self.sizes if size >= len(rows))
         try:
-            with closing(self.pipeline.stream(**joined(rows), batch_size=self.max_batch)) as stream:
+            with closing(self.pipeline.stream(**joined(rows), batch_size=size)) as stream:
                 for progress in stream:
                     if progress.result is not None:
                         seconds = progress.result.timings
@@ -276,7 +279,7 @@ class Scheduler:
         if self._observe is not None:
             waited = tuple(began - row.arrived for row in rows)
             unwanted = not wanted and not seconds
-            self._observe(BatchReport(len(rows), self.max_batch, waited, seconds, error, unwanted))
+            self._observe(BatchReport(len(rows), size, waited, seconds, error, unwanted))
 
     def _tell(self, rows: list[_Row], progress: Progress) -> None:
         """Tell every request in a micro-batch what was reached."""

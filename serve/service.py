@@ -24,7 +24,7 @@ from .classes import Classes
 from .errors import ApiError, as_answer, retry_after
 from .logs import log
 from .metrics import Metrics
-from .places import size_without_places
+from .places import sizes_alike
 from .scheduler import BatchReport, Ended, Event, Job, QueueFull, Scheduler, Stopping
 
 #: While nothing happens, a stream says so this often: what lies between server and client may close silent connections.
@@ -81,27 +81,26 @@ class Service:
 
     def start(self) -> None:
         """Warm up, and find the size of the micro-batches. Takes seconds, of a large model a minute."""
-        options, size = self.options, self.options.max_batch
-        if options.trial:
-            size = size_without_places(self.pipeline, size)
-            if size != options.max_batch:
-                log(
-                    "smaller micro-batches: at the size that was asked for a picture's last bits depend on what is beside it",
-                    logging.WARNING,
-                    asked=options.max_batch,
-                    taken=size,
-                )
+        options = self.options
+        sizes = sizes_alike(self.pipeline, options.max_batch) if options.trial else [options.max_batch]
+        if sizes[-1] != options.max_batch:
+            log(
+                "smaller micro-batches: at the size that was asked for a picture's last bits depend on what is beside it",
+                logging.WARNING,
+                asked=options.max_batch,
+                taken=sizes[-1],
+            )
         with self._lock:
             if not self._closed:
                 self._scheduler = Scheduler(
                     self.pipeline,
-                    max_batch=size,
+                    sizes=sizes,
                     max_wait=options.max_wait_ms / 1000,
                     queue=options.queue,
                     timeout=options.timeout,
                     observe=self._observe,
                 )
-        log("ready", model=self.name, max_batch=size, tried=options.trial)
+        log("ready", model=self.name, micro_batches=sizes, tried=options.trial)
 
     def _observe(self, report: BatchReport) -> None:
         self.metrics.batch(report)

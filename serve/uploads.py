@@ -8,7 +8,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from arinar.runtime.editing import Mask, Pixels, as_pixels, check_size
+from arinar.runtime.editing import Mask, Pixels, as_pixels
+from arinar.runtime.images import check_size
 from arinar.text import one_line
 
 from .errors import ApiError, invalid

@@ -225,7 +225,9 @@ def test_pictures_grow_and_can_be_stopped(look: Any, digits_bundle: Path) -> Non
         expect(page.locator("#told")).to_have_text("Step 8 of 12")
         expect(page.locator("figcaption").first).to_have_text("0: step 8")
         early = pixels(page)
-        assert np.array_equal(early, np.asarray(next(p.preview()[0] for p in gate.stream([0], seed=1, batch_size=4) if p.step == 8)))
+        assert np.array_equal(
+            early, np.asarray(next(p.preview()[0] for p in gate.stream([0], seed=1, batch_size=4) if p.step == 8))
+        )
         assert page.get_by_role("button", name="Generate", exact=True).is_disabled()
         seen.shot("growing")
         page.get_by_role("button", name="Stop").click()

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from arinar.runtime import Pipeline
-from arinar.serve.places import places_matter, size_without_places
+from arinar.serve.places import places_matter, sizes_alike
 from arinar.serve.scheduler import (
     BatchReport,
     Ended,
@@ -96,7 +96,7 @@ def gated(pipeline: Pipeline) -> Gated:
 @pytest.fixture
 def slow(gated: Gated) -> Iterator[Scheduler]:
     """A scheduler whose steps are let through one by one; rows do not wait for company."""
-    scheduler = Scheduler(gated, max_batch=SIZE, max_wait=0.0, queue=8, timeout=600)  # type: ignore[arg-type]
+    scheduler = Scheduler(gated, sizes=(SIZE,), max_wait=0.0, queue=8, timeout=600)  # type: ignore[arg-type]
     yield scheduler
     gated.let()
     scheduler.close()
@@ -104,10 +104,10 @@ def slow(gated: Gated) -> Iterator[Scheduler]:
 
 def test_pictures_are_those_of_direct_calls_under_any_load(pipeline: Pipeline) -> None:
     reports: list[BatchReport] = []
-    scheduler = Scheduler(pipeline, max_batch=SIZE, max_wait=0.05, observe=reports.append)
+    scheduler = Scheduler(pipeline, sizes=(SIZE,), max_wait=0.05, observe=reports.append)
     wishes: list[tuple[list[int], dict[str, Any]]] = [
         ([number % 10] * (1 + number % 6), {"seed": number, "guidance_scale": [1.0, 2.0, 4.5][number % 3]} | extra)
-        for number, extra in enumerate([{}, {"temperature": 0.9}, {"num_iter": 5}, {"cfg_schedule": "constant"}] * 6)
+        for number, extra in enumerate([{}, {"temperature": 0.9}, {"num_iter": 5}, {"cfg_schedule": "constant"}] * 3)
     ]
     asked: list[Asked] = []
 
@@ -151,7 +151,7 @@ def test_tokens_of_a_joined_micro_batch_are_those_of_direct_calls(pipeline: Pipe
                 calls.extend([progress.result.tokens] if progress.result else [])
                 yield progress
 
-    scheduler = Scheduler(Watched(pipeline), max_batch=SIZE, max_wait=10.0)  # type: ignore[arg-type]
+    scheduler = Scheduler(Watched(pipeline), sizes=(SIZE,), max_wait=10.0)  # type: ignore[arg-type]
     asked = [Asked(scheduler, [label], seed=label, temperature=1 - label / 50) for label in range(SIZE)]
     assert [one.end() for one in asked] == [None] * SIZE
     (tokens,) = calls
@@ -181,7 +181,7 @@ def test_only_what_may_share_a_micro_batch_does_in_order_of_arrival(gated: Gated
 
 def test_a_row_waits_for_company(pipeline: Pipeline) -> None:
     reports: list[BatchReport] = []
-    scheduler = Scheduler(pipeline, max_batch=2, max_wait=3600, observe=reports.append)
+    scheduler = Scheduler(pipeline, sizes=(2,), max_wait=3600, observe=reports.append)
     one = Asked(scheduler, [1])
     assert scheduler.depth == 1
     other = Asked(scheduler, [2])
@@ -191,7 +191,7 @@ def test_a_row_waits_for_company(pipeline: Pipeline) -> None:
 
 
 def test_steps_and_previews_are_told_to_who_asked(pipeline: Pipeline) -> None:
-    scheduler = Scheduler(pipeline, max_batch=SIZE, max_wait=3600)
+    scheduler = Scheduler(pipeline, sizes=(SIZE,), max_wait=3600)
     plain, curious = Asked(scheduler, [1]), Asked(scheduler, [2, 3, 4], previews={2, 5})
     assert plain.end() is None and curious.end() is None
     scheduler.close()
@@ -250,7 +250,7 @@ def test_a_micro_batch_goes_on_while_somebody_wants_it(gated: Gated, slow: Sched
 
 
 def test_time_runs_out_while_waiting_and_while_running(gated: Gated) -> None:
-    scheduler = Scheduler(gated, max_batch=SIZE, max_wait=0.0, timeout=0.0)  # type: ignore[arg-type]
+    scheduler = Scheduler(gated, sizes=(SIZE,), max_wait=0.0, timeout=0.0)  # type: ignore[arg-type]
     late = Asked(scheduler, [0])
     assert isinstance(late.end(), TookTooLong) and gated.calls == []
     scheduler.timeout = 600
@@ -298,7 +298,7 @@ def test_the_worker_calls_functions_between_two_steps(gated: Gated, slow: Schedu
 
 
 def test_closing_finishes_what_was_begun_and_tells_the_others(gated: Gated) -> None:
-    scheduler = Scheduler(gated, max_batch=SIZE, max_wait=0.0)  # type: ignore[arg-type]
+    scheduler = Scheduler(gated, sizes=(SIZE,), max_wait=0.0)  # type: ignore[arg-type]
     begun = Asked(scheduler, [0] * 6)  # two micro-batches
     assert gated.begun.acquire(timeout=60)
     waiting = Asked(scheduler, [1])
@@ -316,7 +316,7 @@ def test_closing_finishes_what_was_begun_and_tells_the_others(gated: Gated) -> N
 
 
 def test_closing_waits_only_so_long(gated: Gated) -> None:
-    scheduler = Scheduler(gated, max_batch=SIZE, max_wait=0.0)  # type: ignore[arg-type]
+    scheduler = Scheduler(gated, sizes=(SIZE,), max_wait=0.0)  # type: ignore[arg-type]
     begun = Asked(scheduler, [0] * 6)
     assert gated.begun.acquire(timeout=60)
     closing = threading.Thread(target=lambda: scheduler.close(timeout=0.0))
@@ -329,7 +329,7 @@ def test_closing_waits_only_so_long(gated: Gated) -> None:
 
 def test_places_do_not_matter_in_micro_batches_of_powers_of_two(pipeline: Pipeline) -> None:
     assert not places_matter(pipeline, 1) and not places_matter(pipeline, SIZE)
-    assert size_without_places(pipeline, 5) == 4
+    assert sizes_alike(pipeline, 5)[-1] == 4
 
 
 def test_a_size_at_which_places_matter_is_found_out(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,4 +343,32 @@ def test_a_size_at_which_places_matter_is_found_out(pipeline: Pipeline, monkeypa
 
     monkeypatch.setattr(pipeline.loop, "walk", uneven)
     assert places_matter(pipeline, 4) and not places_matter(pipeline, 2)
-    assert size_without_places(pipeline, 8) == 2
+    assert sizes_alike(pipeline, 8)[-1] == 2
+
+
+def test_few_rows_are_filled_up_to_the_smallest_size_that_makes_the_same_bits(digits_bundle: Path) -> None:
+    pipeline = Pipeline.load(digits_bundle, threads=1)
+    sizes = sizes_alike(pipeline, 8)
+    assert sizes[-1] == 8 and sizes == sorted(set(sizes))
+    reports: list[BatchReport] = []
+    scheduler = Scheduler(pipeline, sizes=sizes, max_wait=0.0, observe=reports.append)
+    for count in (1, 3, 8):
+        asked = Asked(scheduler, [4] * count, seed=count, guidance_scale=3.0)
+        for index, image in enumerate(asked.images()):
+            want = pipeline.generate([4], seed=count, indices=[index], guidance_scale=3.0, batch_size=8).images[0]
+            assert np.array_equal(image, np.asarray(want))
+    scheduler.close()
+    assert [report.size for report in reports] == [next(s for s in sizes if s >= count) for count in (1, 3, 8)]
+
+
+def test_a_size_that_makes_other_bits_is_found_out(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = pipeline.loop.walk
+
+    def other(batch: Any, *rest: Any, **more: Any) -> Any:
+        made = yield from walk(batch, *rest, **more)
+        if len(batch) == 2:
+            made.tokens[0, 0, 0] = np.nextafter(made.tokens[0, 0, 0], np.float32(9))
+        return made
+
+    monkeypatch.setattr(pipeline.loop, "walk", other)
+    assert 2 not in sizes_alike(pipeline, 4)

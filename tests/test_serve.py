@@ -142,7 +142,7 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
     wishes = [
         {"prompt": str(number % 10), "n": 1 + number % 5, "seed": number // 3, "guidance_scale": [1.0, 4.0, 2.0][number % 3]}
         | ([{}, {"num_iter": 4}, {"temperature": 0.8}, {"cfg_schedule": "constant"}][number % 4])
-        for number in range(32)
+        for number in range(20)
     ]
     with serving(digits_bundle) as served, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda wish: served.generate(**wish), wishes))
@@ -611,7 +611,7 @@ def test_edits_and_generations_stream_and_share_the_server(served: Served, pictu
         ({"image": png(mask_of(), format="GIF")}, {}, "image", "image cannot be told as"),
         ({"image": png(mask_of(), format="TIFF")}, {}, "image", "image cannot be told as"),
         ({"image": png(np.zeros((64, 32, 3), np.uint8))}, {}, "image", "image has 32 x 64 pixels; this model takes 32 x 32"),
-        ({"image": png(Image.new("1", (20_000, 20_000)))}, {}, "image", "image has far too many pixels; this model takes 32 x 32"),
+        ({"image": png(Image.new("1", (20_000, 20_000)))}, {}, "image", "image has far too many pixels; this model takes"),
         ({"image": png(np.zeros((32, 32, 3), np.uint8))}, {}, "mask", "mask is missing, and image has no transparent pixels"),
         ({"image": png(np.full((32, 32, 4), 255, np.uint8))}, {}, "image", "image has no transparent pixel"),
         ({"image": png(mask_of()), "mask": png(mask_of(32))}, {}, "mask", "mask has no transparent pixel"),
@@ -678,7 +678,7 @@ def test_the_command_serves_until_it_is_told_to_stop(digits_bundle: Path, pipeli
         port = int(greeting.split("http://127.0.0.1:")[1].split()[0])
         assert "Ctrl-C stops it" in greeting and f"curl http://127.0.0.1:{port}/v1/images" in process.stdout.readline()
         ready = json.loads(process.stderr.readline())  # the trial is over
-        assert ready["event"] == "ready" and ready["max_batch"] == 4 and ready["tried"] is True
+        assert ready["event"] == "ready" and ready["micro_batches"][-1] == 4 and ready["tried"] is True
         served = Served(None, port, None)  # type: ignore[arg-type]
         answer = served.generate(prompt="3", seed=9)[2]
         assert np.array_equal(pixels(answer["data"][0]), direct(pipeline, 3, 9)) and answer["model"] == digits_bundle.name
