@@ -48,7 +48,9 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="The served model's name; see /v1/models.")
-    prompt: str | int | None = Field(None, description="A class: its id, or its name where that is one class's alone.")
+    prompt: Annotated[str, Field(max_length=1000)] | int | None = Field(
+        None, description="A class: its id, or its name where that is one class's alone."
+    )
     labels: Annotated[list[int], Field(min_length=1, max_length=MOST_IMAGES)] | None = Field(
         None, description="Class ids, one for each image; in place of prompt and n."
     )

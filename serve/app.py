@@ -7,6 +7,7 @@ import base64
 import hashlib
 import logging
 import re
+import threading
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,10 +43,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.ensure_future(asyncio.to_thread(start, service))
+        # (A daemon: whoever stops the server meanwhile does not wait for it.)
+        threading.Thread(target=start, args=(service,), name="arinar-start", daemon=True).start()
         yield
         await asyncio.to_thread(service.close, service.options.timeout)
-        await starting
 
     app = FastAPI(title="arinar", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Door, metrics=service.metrics, limits=limits or Limits(), keys=keys, hosts=hosts)
@@ -60,7 +61,7 @@ def start(service: Service) -> None:
         service.start()
     except Exception as error:
         log("the model could not be made ready", logging.CRITICAL, error=error)
-        service.close()
+        service.failed = True
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
@@ -93,8 +94,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        """The process answers."""
-        return PlainTextResponse("ok\n")
+        """200 while there is hope; 503 where only a restart helps."""
+        return PlainTextResponse("broken\n" if service.broken else "ok\n", 503 if service.broken else 200)
 
     @app.get("/readyz")
     async def readyz() -> Response:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from .errors import ApiError, as_answer
 from .keys import Keys
@@ -80,13 +80,13 @@ class Door:
 
     def _check(self, visit: Visit) -> None:
         """Who asks? Raises ApiError."""
-        host = urlsplit(f"//{visit.header('host') or ''}")
+        host = _address(f"//{visit.header('host') or ''}")
         if self.hosts is not None and host.hostname not in self.hosts:
             raise ApiError(
                 403, f"this server is not to be asked as {host.hostname!r}; ask as {sorted(self.hosts)[-1]}", code="wrong_host"
             )
         origin = visit.header("origin")
-        if origin is not None and urlsplit(origin).netloc != host.netloc:
+        if origin is not None and _address(origin).netloc != host.netloc:
             raise ApiError(403, "another site's page may not use this server", code="wrong_origin")
         if self.keys is not None and visit.path not in OPEN_ROUTES and not self.keys.fits(visit.header("authorization")):
             wrong = "authorization" in visit.headers
@@ -110,6 +110,13 @@ class Door:
         if route not in ("/healthz", "/readyz", "/metrics") or visit.status >= 500:
             facts = {"method": visit.method, "path": visit.path[:200], "status": visit.status, "seconds": round(seconds, 4)}
             log("request", id=visit.id, **facts, client=visit.client, code=visit.error, **visit.notes)
+
+
+def _address(text: str) -> SplitResult:
+    try:
+        return urlsplit(text)
+    except ValueError:  # brackets that do not close
+        raise ApiError(400, "the Host or Origin header is no address", code="invalid_header") from None
 
 
 class Visit:

@@ -142,6 +142,7 @@ class Scheduler:
         self._running: list[_Row] = []
         self._stopping, self._pace = False, 0.0  # seconds of a micro-batch, the last few weighing most
         self._changed = threading.Condition(threading.RLock())
+        self.broken = False  # the worker died
         self._worker = threading.Thread(target=self._work, name="arinar-scheduler", daemon=True)
         self._worker.start()
 
@@ -219,7 +220,10 @@ class Scheduler:
         try:
             while rows := self._take():
                 self._generate(rows)
-        finally:  # not reached before the end but by an error of the scheduler's own: nobody is to wait for ever
+        except BaseException:  # an error of the scheduler's own
+            self.broken = True
+            raise
+        finally:  # nobody is to wait for ever
             with self._changed:
                 self._stopping = True
                 for job in {row.job: None for row in (*self._waiting, *self._running)}:

@@ -25,7 +25,15 @@ class Server(uvicorn.Server):
         # (Long answers to nobody are ended by the scheduler; what hangs beyond its time-out is cut off.)
         patience = int(service.options.timeout) + 5
         super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=patience)
+            uvicorn.Config(
+                app,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=patience,
+            )
         )
         self.service = service
 

@@ -76,6 +76,7 @@ class Service:
             lambda: self._scheduler.depth if self._scheduler else 0, lambda: self._scheduler.running if self._scheduler else 0
         )
         self._closed, self._lock = False, threading.Lock()
+        self.failed = False  # to become ready
 
     # Its life.
 
@@ -117,6 +118,11 @@ class Service:
     @property
     def ready(self) -> bool:
         return self._scheduler is not None and self._scheduler.alive
+
+    @property
+    def broken(self) -> bool:
+        """Whether it could not be made ready, or its worker has died."""
+        return self.failed or (self._scheduler is not None and self._scheduler.broken)
 
     @property
     def scheduler(self) -> Scheduler:

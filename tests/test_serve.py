@@ -169,6 +169,7 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
         ({"prompt": "10"}, "prompt", "prompt is 10; this model has classes 0..9"),
         ({"prompt": -1}, "prompt", "prompt is -1, no class of this model"),
         ({"prompt": "dog"}, "prompt", "prompt is 'dog', no class of this model"),
+        ({"prompt": "x" * 1001}, "prompt", "at most 1000 characters"),
         ({"prompt": ["3"]}, "prompt", "prompt is ['3']; it should be a valid string"),
         ({"prompt": True}, "prompt", "prompt is True"),
         ({"prompt": "3", "labels": [3]}, "prompt", "prompt and labels are both given"),
@@ -278,6 +279,19 @@ def test_before_it_is_ready(digits_bundle: Path) -> None:
         assert served.ask("GET", "/v1/models")[2]["data"][0]["batch_size"] is None
 
 
+def test_where_only_a_restart_helps(digits_bundle: Path) -> None:
+    with serving(digits_bundle, start=False) as served:
+        served.service.failed = True  # the thread that makes it ready says so
+        assert served.ask("GET", "/healthz")[0] == 503
+    with serving(digits_bundle) as served:
+        scheduler = served.service.scheduler
+        scheduler._generate = None  # type: ignore[assignment, method-assign]
+        refused(served.generate(prompt="3"), 503, "shutting_down", "the server has stopped working")
+        scheduler._worker.join(60)
+        assert served.ask("GET", "/healthz")[0] == 503 and served.ask("GET", "/readyz")[0] == 503
+        assert served.generate(prompt="3")[0] == 503
+
+
 # ----------------------------------------------------------------------------------------------------- who may ask
 
 KEYS = ("first-key-0123456789", "second-key-0123456789")
@@ -325,6 +339,7 @@ def test_pages_of_strangers_may_not_use_it(digits_bundle: Path) -> None:
         refused(served.generate({"Origin": "https://evil.example"}, prompt="3"), 403, "wrong_origin", "another site's page")
         refused(served.generate({"Origin": "null"}, prompt="3"), 403, "wrong_origin")
         refused(served.generate({"Host": f"evil.example:{served.port}"}, prompt="3"), 403, "wrong_host", "'evil.example'")
+        refused(served.generate({"Origin": "http://[bad"}, prompt="3"), 400, "invalid_header")
         assert served.generate({"Origin": served.url}, prompt="3")[0] == 200
         assert served.generate({"Host": f"localhost:{served.port}"}, prompt="3")[0] == 200
 
