@@ -51,7 +51,7 @@ setup(
         "demo": [*EXPORT, *DEMO, ONNXRUNTIME],
         # `arinar serve`; the same under Ray Serve, in several replicas.
         "serve": SERVE,
-        "ray": [*SERVE, "ray[serve]>=2.40"],
+        "ray": [*SERVE, "ray[serve]>=2.60"],
         "dev": [
             *EXPORT,
             *DEMO,

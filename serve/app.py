@@ -57,6 +57,8 @@ def create_app(
 
 
 def start(service: Service) -> None:
+    if service.ready:
+        return
     try:
         service.start()
     except Exception as error:

@@ -146,14 +146,15 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
     ]
     with serving(digits_bundle) as served, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda wish: served.generate(**wish), wishes))
+        images = sum(wish["n"] for wish in wishes)
+        # (Told after the answers are.)
+        until(lambda: f"arinar_images_total {images}.0" in served.ask("GET", "/metrics")[2].decode())
         metrics = served.ask("GET", "/metrics")[2].decode()
     for wish, (status, _, answer) in zip(wishes, answers, strict=True):
         assert status == 200
         sampling = {k: v for k, v in wish.items() if k in ("guidance_scale", "temperature", "num_iter", "cfg_schedule")}
         for k, datum in enumerate(answer["data"]):
             assert np.array_equal(pixels(datum), direct(pipeline, int(wish["prompt"]), wish["seed"], k, **sampling)), wish
-    images = sum(wish["n"] for wish in wishes)
-    assert f"arinar_images_total {images}.0" in metrics
     batches = float(metrics.split('arinar_batches_total{outcome="made"} ')[1].split()[0])
     assert batches < images / 1.5
 
@@ -456,7 +457,7 @@ def test_a_client_that_goes_away_cancels(gated: tuple[Served, Gate], stream: boo
     assert gate.ended.acquire(timeout=60) and len(gate.calls) == 1
     gate.let()
     assert served.generate(prompt="3", seed=0)[0] == 200
-    assert 'arinar_batches_total{outcome="cancelled"} 1.0' in served.ask("GET", "/metrics")[2].decode()
+    until(lambda: 'arinar_batches_total{outcome="cancelled"} 1.0' in served.ask("GET", "/metrics")[2].decode())
 
 
 def test_a_request_that_takes_too_long(digits_bundle: Path) -> None:
@@ -479,7 +480,7 @@ def test_a_failure_tells_nothing_of_the_server(gated: tuple[Served, Gate]) -> No
     gate.error = FloatingPointError("graph 'x' made non-finite values")
     refused(served.generate(prompt="3"), 500, "not_finite", "values that are not finite")
     gate.error = None
-    assert served.generate({"X-Request-ID": "no good\x7f"}, prompt="3")[1]["x-request-id"].isalnum()
+    assert served.generate({"X-Request-ID": "no good"}, prompt="3")[1]["x-request-id"].isalnum()
     logs.LOGGER.handlers, logs.LOGGER.propagate = [], True
     found = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert any(line["event"] == "request" and line["id"] == "mine-1" and line["status"] == 500 for line in found)
