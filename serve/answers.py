@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -17,6 +18,7 @@ from .api import ImageDatum, ImageRequest, ImagesAnswer, Settings
 from .door import Visit
 from .edits import Edit
 from .errors import ApiError, as_answer
+from .logs import log
 from .scheduler import Ended, Made, Stepped
 from .service import Service, Submitted
 
@@ -53,7 +55,7 @@ class Work:
                 if isinstance(event, Made):
                     data[event.row] = await self._datum(event)
                 elif isinstance(event, Ended) and event.error is not None:
-                    raise as_answer(event.error)
+                    raise self._told(event.error)
         return ImagesAnswer(**self._about(), data=data).model_dump()
 
     async def stream(self, submitted: Submitted) -> AsyncIterator[str]:
@@ -70,7 +72,7 @@ class Work:
                         yield self._picture("completed", await self._datum(event))
                     elif isinstance(event, Ended):
                         if event.error is not None:
-                            raise as_answer(event.error)
+                            raise self._told(event.error)
                         yield "data: [DONE]\n\n"
                     else:
                         indices = [int(self.sampling.indices[row]) for row in event.rows]
@@ -89,6 +91,13 @@ class Work:
     async def _datum(self, event: Made) -> ImageDatum:
         image = event.image if self.edit is None else self.edit.pasted(event.image)
         return await self.service.datum(self.sampling, event.row, image)
+
+    def _told(self, error: Exception) -> ApiError:
+        """What the client is told of an error, and the log where that is less than all."""
+        found = as_answer(error)
+        if found.status == 500:
+            log("a request failed", logging.ERROR, error=error, id=self.visit.id)
+        return found
 
     async def _gone(self) -> None:
         """Returns when the client has gone."""

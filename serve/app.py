@@ -27,6 +27,7 @@ from .edits import Edit
 from .errors import ApiError, as_answer, invalid
 from .keys import Keys
 from .logs import log
+from .scheduler import QueueFull, Stopping
 from .service import Service
 
 PAGE = Path(__file__).with_name("page.html")
@@ -50,13 +51,14 @@ def create_app(
 
     app = FastAPI(title="arinar", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Door, metrics=service.metrics, limits=limits or Limits(), keys=keys, hosts=hosts)
-    app.add_exception_handler(ApiError, answer_error)
-    app.add_exception_handler(HTTPException, answer_error)
+    for kind in (ApiError, HTTPException, QueueFull, Stopping):
+        app.add_exception_handler(kind, answer_error)
     add_routes(app, service)
     return app
 
 
 def start(service: Service) -> None:
+    """Make it ready, unless it is; where that fails, the log and /healthz say so."""
     if service.ready:
         return
     try:
@@ -130,7 +132,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
         """Generate images of a class."""
         asked = parse_body(GenerationRequest, await request.body(), request.headers.get("content-type"))
         check_model(service, asked.model)
-        service.scheduler  # noqa: B018  (ready? before anything else is looked at)
         sampling = asked.sampling(service.pipeline, service.classes)
         return await answer(service, request, asked, sampling, "image_generation")
 

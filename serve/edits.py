@@ -15,7 +15,7 @@ from arinar.runtime.editing import Mask, Pixels, hide, paste_back, token_mask
 from arinar.runtime.request import Sampling
 
 from .api import EditRequest
-from .errors import as_answer, invalid, of_value
+from .errors import invalid, of_value
 from .uploads import pixels_and_mask
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Edit:
             )
         if "image" not in files:
             raise invalid("image is missing; send it as a file", "image", "missing")
-        pipeline, scheduler, config = service.pipeline, service.scheduler, service.pipeline.config
+        pipeline, config = service.pipeline, service.pipeline.config
         sampling = asked.sampling(pipeline, service.classes)
         pixels, mask = await asyncio.to_thread(pixels_and_mask, files["image"], files.get("mask"), config.img_size)
         try:
@@ -54,10 +54,7 @@ class Edit:
             Known(blank, ~unknown).check(len(sampling), config)
         except ValueError as error:  # a causal model goes on from what it has
             raise invalid(str(error), "mask") from None
-        try:
-            tokens = await asyncio.wrap_future(scheduler.run(lambda: pipeline.encode(hide(pixels, anew, config))))
-        except Exception as error:
-            raise as_answer(error) from error
+        tokens = await service.run(lambda: pipeline.encode(hide(pixels, anew, config)))
         known = Known(np.ascontiguousarray(np.broadcast_to(tokens, blank.shape)), ~unknown)
         return cls(service, replace(sampling, known=known), pixels, anew, asked.paste is not False)
 

@@ -14,12 +14,14 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from arinar.runtime import Known, Noise, Pipeline, Progress
 from arinar.runtime.request import Sampling
+
+Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
@@ -120,8 +122,8 @@ class Scheduler:
     """Micro-batches of requests in front of one pipeline, which nobody else may use meanwhile.
 
     sizes : places that a micro-batch may have, in ascending order; it takes the first that holds its rows. max_wait : seconds
-    that the oldest row waits for company. queue : rows that may wait.
-    timeout : seconds from a request's arrival to its last image. observe : called by the worker after each micro-batch.
+    that the oldest row waits for company. queue : rows that may wait. timeout : seconds from a request's arrival to its last
+    image. observe : called by the worker after each micro-batch.
     """
 
     def __init__(
@@ -182,12 +184,12 @@ class Scheduler:
             self._changed.notify_all()
         return job
 
-    def run(self, function: Callable[[], Any]) -> Future[Any]:
+    def run(self, function: Callable[[], Result]) -> Future[Result]:
         """Have the worker call a function that uses the pipeline, between two steps -> what it will return.
 
         Raises QueueFull where as many such calls wait as rows may, or Stopping.
         """
-        future: Future[Any] = Future()
+        future: Future[Result] = Future()
         with self._changed:
             if not self.alive:
                 raise Stopping("the server is shutting down")

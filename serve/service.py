@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -21,12 +21,13 @@ from arinar.runtime.request import Sampling
 
 from .api import ImageDatum
 from .classes import Classes
-from .errors import ApiError, as_answer, retry_after
+from .errors import ApiError, invalid, retry_after
 from .logs import log
 from .metrics import Metrics
 from .places import sizes_alike
-from .scheduler import BatchReport, Ended, Event, Job, QueueFull, Scheduler, Stopping
+from .scheduler import BatchReport, Ended, Event, Job, Scheduler
 
+Result = TypeVar("Result")
 #: While nothing happens, a stream says so this often: what lies between server and client may close silent connections.
 SIGN_OF_LIFE = 15.0
 
@@ -106,7 +107,7 @@ class Service:
     def _observe(self, report: BatchReport) -> None:
         self.metrics.batch(report)
         if report.error is not None:
-            log("a micro-batch failed", logging.ERROR, error=report.error, rows=report.rows)
+            log("a micro-batch failed", logging.ERROR, rows=report.rows, reason=str(report.error))
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what was begun, refuse the rest."""
@@ -165,13 +166,18 @@ class Service:
     # Requests.
 
     def submit(self, sampling: Sampling, previews: Collection[int] = ()) -> Submitted:
-        """A request joins the queue. To be called in the event loop. Raises ApiError for what the scheduler refuses."""
+        """A request joins the queue. To be called in the event loop. Raises ApiError, QueueFull or Stopping."""
+        if len(sampling) > self.options.queue:
+            raise invalid(
+                f"{len(sampling)} images are more than this server takes at a time; at most {self.options.queue}", "n"
+            )
         submitted = Submitted()
-        try:
-            submitted.job = self.scheduler.submit(sampling, submitted.tell, previews=previews)
-        except (QueueFull, Stopping) as error:
-            raise as_answer(error) from error
+        submitted.job = self.scheduler.submit(sampling, submitted.tell, previews=previews)
         return submitted
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """What a function returns that the scheduler's worker is to call. Raises what it raises, and as :meth:`submit`."""
+        return await asyncio.wrap_future(self.scheduler.run(function))
 
     async def datum(self, sampling: Sampling, row: int, image: Image.Image) -> ImageDatum:
         """An image of a request, as its answer has it."""

@@ -438,6 +438,7 @@ def test_a_flood_is_refused_with_when_to_come_again(gated: tuple[Served, Gate]) 
     waiting = in_threads(*[lambda: served.generate(prompt="2")] * 4)
     until(lambda: served.service.scheduler.depth == 4)
     answers = [served.generate(prompt="3"), served.generate(prompt="3", stream=True)]
+    refused(served.generate(prompt="3", n=5), 400, "invalid_value", "5 images are more than this server takes", param="n")
     for answer in answers:
         refused(answer, 429, "queue_full", "4 images are waiting and 1 more were asked for; at most 4 may wait")
         assert answer[2]["error"]["type"] == "rate_limit_error" and int(answer[1]["retry-after"]) >= 1
@@ -484,7 +485,7 @@ def test_a_failure_tells_nothing_of_the_server(gated: tuple[Served, Gate]) -> No
     logs.LOGGER.handlers, logs.LOGGER.propagate = [], True
     found = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert any(line["event"] == "request" and line["id"] == "mine-1" and line["status"] == 500 for line in found)
-    assert any("secret" in line.get("traceback", "") for line in found)
+    assert any("secret" in line.get("traceback", "") and line["id"] == "mine-1" for line in found)
     assert all(logging.getLevelName(line["level"].upper()) >= logging.INFO for line in found)
 
 
