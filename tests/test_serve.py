@@ -461,6 +461,19 @@ def test_a_client_that_goes_away_cancels(gated: tuple[Served, Gate], stream: boo
     until(lambda: 'arinar_batches_total{outcome="cancelled"} 1.0' in served.ask("GET", "/metrics")[2].decode())
 
 
+def test_a_stream_shows_that_it_is_alive(gated: tuple[Served, Gate], monkeypatch: pytest.MonkeyPatch) -> None:
+    from arinar.serve import service
+
+    monkeypatch.setattr(service, "SIGN_OF_LIFE", 0.01)
+    served, gate = gated
+    (asked,) = in_threads(lambda: served.generate(prompt="1", stream=True))
+    gate.wait()
+    threading.Event().wait(0.2)
+    gate.let()
+    text = asked.result(60)[2].decode()
+    assert ": waiting\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
 def test_a_request_that_takes_too_long(digits_bundle: Path) -> None:
     with serving(digits_bundle, options={"timeout": 0}) as served:
         refused(served.generate(prompt="3"), 504, "timeout", "not finished within 0 s")
