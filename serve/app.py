@@ -7,7 +7,6 @@ import base64
 import hashlib
 import logging
 import re
-import threading
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -44,10 +43,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # (A daemon: whoever stops the server meanwhile does not wait for it.)
-        threading.Thread(target=start, args=(service,), name="arinar-start", daemon=True).start()
+        starting = asyncio.ensure_future(asyncio.to_thread(start, service))
         yield
         await asyncio.to_thread(service.close, service.options.timeout)
+        await starting
 
     app = FastAPI(title="arinar", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Door, metrics=service.metrics, limits=limits or Limits(), keys=keys, hosts=hosts)
@@ -63,6 +62,8 @@ def start(service: Service) -> None:
         return
     try:
         service.start()
+    except Stopping:
+        pass
     except Exception as error:
         log("the model could not be made ready", logging.CRITICAL, error=error)
         service.failed = True

@@ -8,7 +8,7 @@ few rows need not be filled up to many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -25,66 +25,64 @@ TRIED_STEPS = 5
 TRIED_FEATURES = 8_000
 
 
-def sizes_alike(pipeline: Pipeline, most: int) -> list[int]:
-    """The largest power of two up to ``most`` at which places do not matter, and the smaller ones at which pictures are the
-    same to the last bit: in ascending order."""
-    powers = [1 << power for power in range(most.bit_length())]
-    largest = next(size for size in reversed(powers) if not places_matter(pipeline, size))
-    return [*(size for size in powers if size < largest and _alike(pipeline, size, largest)), largest]
+class Trial:
+    """Pictures made for comparison with a pipeline that nobody else uses. ``each_step`` is called before every outer step; what
+    it raises ends the trial."""
 
+    def __init__(self, pipeline: Pipeline, each_step: Callable[[], object] = lambda: None) -> None:
+        self.pipeline, self.each_step = pipeline, each_step
 
-def places_matter(pipeline: Pipeline, size: int) -> bool:
-    """Make pictures of all kinds in micro-batches of ``size``: whether some picture's bits depend on where it was made.
+    def sizes(self, most: int) -> list[int]:
+        """The largest power of two up to ``most`` at which places do not matter, and the smaller ones at which pictures are the
+        same to the last bit: in ascending order."""
+        powers = [1 << power for power in range(most.bit_length())]
+        largest = next(size for size in reversed(powers) if not self.places_matter(size))
+        return [*(size for size in powers if size < largest and self._alike(size, largest)), largest]
 
-    Each is made in every place of a micro-batch, then in one with others beside it.
-    """
-    return size > 1 and any(_differ(pipeline, pictures) for pictures in _lots(pipeline, size))
+    def places_matter(self, size: int) -> bool:
+        """Whether some picture's bits depend on where in a micro-batch of ``size`` it was made, or on the others there."""
+        return size > 1 and any(self._differ(pictures) for pictures in self._lots(size))
 
+    def _differ(self, pictures: Sampling) -> bool:
+        """The first picture in every place of a micro-batch, then with the others beside it."""
+        rows = list(range(len(pictures)))
+        mixed, alike = (self._made(pictures.batch(some)) for some in (rows, [rows[0]] * len(rows)))
+        return any(
+            not np.array_equal(ours[0], theirs[0]) or any(not np.array_equal(picture, theirs[0]) for picture in theirs[1:])
+            for ours, theirs in zip(mixed, alike, strict=True)
+        )
 
-def _differ(pipeline: Pipeline, pictures: Sampling) -> bool:
-    rows = list(range(len(pictures)))
-    mixed, alike = (_made(pipeline, pictures.batch(some)) for some in (rows, [rows[0]] * len(rows)))
-    return any(
-        not np.array_equal(mixed[kind][0], alike[kind][0])
-        or any(not np.array_equal(picture, alike[kind][0]) for picture in alike[kind][1:])
-        for kind in range(len(mixed))
-    )
+    def _alike(self, size: int, largest: int) -> bool:
+        """Whether pictures of micro-batches of ``size`` are those of ``largest``, at which places do not matter."""
+        for pictures in self._lots(size):
+            rows = list(range(size))
+            ours, theirs = (self._made(pictures.batch(some)) for some in (rows, rows + [0] * (largest - size)))
+            if any(not np.array_equal(mine, other[:size]) for mine, other in zip(ours, theirs, strict=True)):
+                return False
+        return True
 
+    def _lots(self, size: int) -> Iterator[Sampling]:
+        """Lots of so many pictures, guided and not: different labels, noise, temperatures and guidance scales."""
+        config = self.pipeline.config
+        count = -(-TRIED_FEATURES // (config.seq_len * config.token_dim * size))
+        for scale in (3.5, 1.0):
+            for lot in range(count):
+                yield self.pipeline.resolve(
+                    [(lot + place) % config.num_classes for place in range(size)],
+                    seed=lot,
+                    guidance_scale=[scale + 0.5 * place * (scale > 1) for place in range(size)],
+                    temperature=[1.0 - 0.1 * place / size for place in range(size)],
+                )
 
-def _alike(pipeline: Pipeline, size: int, largest: int) -> bool:
-    """Whether pictures of micro-batches of ``size`` are those of ``largest``, at which places do not matter."""
-    for pictures in _lots(pipeline, size):
-        rows = list(range(size))
-        ours, theirs = (_made(pipeline, pictures.batch(some)) for some in (rows, rows + [0] * (largest - size)))
-        if any(not np.array_equal(mine, other[:size]) for mine, other in zip(ours, theirs, strict=True)):
-            return False
-    return True
-
-
-def _lots(pipeline: Pipeline, size: int) -> Iterator[Sampling]:
-    """Lots of so many pictures, guided and not: different labels, noise, temperatures and guidance scales."""
-    config = pipeline.config
-    count = -(-TRIED_FEATURES // (config.seq_len * config.token_dim * size))
-    return (_pictures(pipeline, size, lot, scale) for scale in (3.5, 1.0) for lot in range(count))
-
-
-def _pictures(pipeline: Pipeline, size: int, seed: int, scale: float) -> Sampling:
-    return pipeline.resolve(
-        [(seed + place) % pipeline.config.num_classes for place in range(size)],
-        seed=seed,
-        guidance_scale=[scale + 0.5 * place * (scale > 1) for place in range(size)],
-        temperature=[1.0 - 0.1 * place / size for place in range(size)],
-    )
-
-
-def _made(pipeline: Pipeline, batch: Batch) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Tokens (B, L, D) and images after some steps of the plan, the other tokens unknown."""
-    chosen = sorted({round(place) for place in np.linspace(0, len(batch.plan) - 1, TRIED_STEPS)})
-    loop = pipeline.loop
-    loop.prepare(batch.guided, len(batch))
-    with closing(loop.walk(replace(batch, plan=[batch.plan[step] for step in chosen]))) as walk:
-        while True:
-            try:
-                next(walk)
-            except StopIteration as end:
-                return end.value.tokens, end.value.images
+    def _made(self, batch: Batch) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Tokens (B, L, D) and images after some steps of the plan, the other tokens unknown."""
+        chosen = sorted({round(place) for place in np.linspace(0, len(batch.plan) - 1, TRIED_STEPS)})
+        loop = self.pipeline.loop
+        loop.prepare(batch.guided, len(batch))
+        with closing(loop.walk(replace(batch, plan=[batch.plan[step] for step in chosen]))) as walk:
+            while True:
+                self.each_step()
+                try:
+                    next(walk)
+                except StopIteration as end:
+                    return end.value.tokens, end.value.images

@@ -24,8 +24,8 @@ from .classes import Classes
 from .errors import ApiError, invalid, retry_after
 from .logs import log
 from .metrics import Metrics
-from .places import sizes_alike
-from .scheduler import BatchReport, Ended, Event, Job, Scheduler
+from .places import Trial
+from .scheduler import BatchReport, Ended, Event, Job, Scheduler, Stopping
 
 Result = TypeVar("Result")
 #: While nothing happens, a stream says so this often: what lies between server and client may close silent connections.
@@ -82,9 +82,10 @@ class Service:
     # Its life.
 
     def start(self) -> None:
-        """Warm up, and find the size of the micro-batches. Takes seconds, of a large model a minute."""
+        """Warm up, and find the sizes of the micro-batches. Takes seconds, of a large model a minute. Raises Stopping where
+        it is closed meanwhile."""
         options = self.options
-        sizes = sizes_alike(self.pipeline, options.max_batch) if options.trial else [options.max_batch]
+        sizes = Trial(self.pipeline, self._go_on).sizes(options.max_batch) if options.trial else [options.max_batch]
         if sizes[-1] != options.max_batch:
             log(
                 "smaller micro-batches: at the size that was asked for a picture's last bits depend on what is beside it",
@@ -93,16 +94,20 @@ class Service:
                 taken=sizes[-1],
             )
         with self._lock:
-            if not self._closed:
-                self._scheduler = Scheduler(
-                    self.pipeline,
-                    sizes=sizes,
-                    max_wait=options.max_wait_ms / 1000,
-                    queue=options.queue,
-                    timeout=options.timeout,
-                    observe=self._observe,
-                )
+            self._go_on()
+            self._scheduler = Scheduler(
+                self.pipeline,
+                sizes=sizes,
+                max_wait=options.max_wait_ms / 1000,
+                queue=options.queue,
+                timeout=options.timeout,
+                observe=self._observe,
+            )
         log("ready", model=self.name, micro_batches=sizes, tried=options.trial)
+
+    def _go_on(self) -> None:
+        if self._closed:
+            raise Stopping("the server is shutting down")
 
     def _observe(self, report: BatchReport) -> None:
         self.metrics.batch(report)

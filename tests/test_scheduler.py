@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from arinar.runtime import Pipeline
-from arinar.serve.places import places_matter, sizes_alike
+from arinar.serve.places import Trial
 from arinar.serve.scheduler import (
     BatchReport,
     Ended,
@@ -328,8 +328,8 @@ def test_closing_waits_only_so_long(gated: Gated) -> None:
 
 
 def test_places_do_not_matter_in_micro_batches_of_powers_of_two(pipeline: Pipeline) -> None:
-    assert not places_matter(pipeline, 1) and not places_matter(pipeline, SIZE)
-    assert sizes_alike(pipeline, 5)[-1] == 4
+    assert not Trial(pipeline).places_matter(1) and not Trial(pipeline).places_matter(SIZE)
+    assert Trial(pipeline).sizes(5)[-1] == 4
 
 
 def test_a_size_at_which_places_matter_is_found_out(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,13 +342,13 @@ def test_a_size_at_which_places_matter_is_found_out(pipeline: Pipeline, monkeypa
         return made
 
     monkeypatch.setattr(pipeline.loop, "walk", uneven)
-    assert places_matter(pipeline, 4) and not places_matter(pipeline, 2)
-    assert sizes_alike(pipeline, 8)[-1] == 2
+    assert Trial(pipeline).places_matter(4) and not Trial(pipeline).places_matter(2)
+    assert Trial(pipeline).sizes(8)[-1] == 2
 
 
 def test_few_rows_are_filled_up_to_the_smallest_size_that_makes_the_same_bits(digits_bundle: Path) -> None:
     pipeline = Pipeline.load(digits_bundle, threads=1)
-    sizes = sizes_alike(pipeline, 8)
+    sizes = Trial(pipeline).sizes(8)
     assert sizes[-1] == 8 and sizes == sorted(set(sizes))
     reports: list[BatchReport] = []
     scheduler = Scheduler(pipeline, sizes=sizes, max_wait=0.0, observe=reports.append)
@@ -371,4 +371,18 @@ def test_a_size_that_makes_other_bits_is_found_out(pipeline: Pipeline, monkeypat
         return made
 
     monkeypatch.setattr(pipeline.loop, "walk", other)
-    assert 2 not in sizes_alike(pipeline, 4)
+    assert 2 not in Trial(pipeline).sizes(4)
+
+
+def test_a_trial_can_be_ended(pipeline: Pipeline) -> None:
+    steps: list[int] = []
+
+    def third() -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise Stopping("enough")
+
+    with pytest.raises(Stopping):
+        Trial(pipeline, third).sizes(4)
+    assert len(steps) == 3
+    assert pipeline.generate([1], num_iter=2).images  # it is as good as before

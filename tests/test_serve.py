@@ -723,6 +723,26 @@ def test_the_command_serves_until_it_is_told_to_stop(digits_bundle: Path, pipeli
     assert events == ["request", "request", "shutting down"]
 
 
+def test_the_command_stops_while_it_is_being_made_ready(digits_bundle: Path) -> None:
+    import signal
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "arinar", "serve", str(digits_bundle), "--port", "0", "--max-batch", "4096"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
+        served = Served(None, port, None)  # type: ignore[arg-type]
+        until(lambda: served.ask("GET", "/readyz")[0] == 503)  # it answers, and is trying
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0 and out.endswith("stopped\n")
+
+
 def test_what_the_command_refuses(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
