@@ -141,7 +141,9 @@ class ImageDatum(BaseModel):
 
 
 class Settings(BaseModel):
-    """What else the images depend on."""
+    """What else the images depend on; some heads have more."""
+
+    model_config = ConfigDict(extra="allow")
 
     guidance_scale: float
     cfg_schedule: str

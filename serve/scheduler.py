@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -22,6 +23,8 @@ from arinar.runtime import Known, Noise, Pipeline, Progress
 from arinar.runtime.request import Sampling
 
 Result = TypeVar("Result")
+#: Settings that each row of a micro-batch may have of its own.
+OWN = ("guidance_scale", "temperature")
 
 
 class QueueFull(Exception):
@@ -111,11 +114,17 @@ class _Row:
     arrived: float
 
     @property
+    def shared(self) -> dict[str, Any]:
+        """Settings that all rows of a micro-batch have in common."""
+        settings = self.job.sampling.settings(self.place)
+        return {name: value for name, value in settings.items() if name not in OWN}
+
+    @property
     def kind(self) -> tuple[Any, ...]:
-        """What rows of one micro-batch have in common."""
+        """Equal for rows that may share a micro-batch."""
         sampling, job = self.job.sampling, self.job
         guided, unknown = bool(sampling.guidance_scale[self.place] != 1.0), int(sampling.unknown[self.place])
-        return sampling.num_iter, sampling.cfg_schedule, guided, unknown, id(job) if job.alone else None
+        return tuple(self.shared.items()), guided, unknown, id(job) if job.alone else None
 
 
 class Scheduler:
@@ -247,8 +256,8 @@ class Scheduler:
                         return []
                     self._changed.wait()
                     continue
-                oldest = self._waiting[0]
-                company = [row for row in self._waiting if row.kind == oldest.kind][: self.max_batch]
+                oldest, kind = self._waiting[0], self._waiting[0].kind
+                company = list(islice((row for row in self._waiting if row.kind == kind), self.max_batch))
                 rest = min(oldest.arrived + self.max_wait, oldest.job.deadline) - now
                 if len(company) == self.max_batch or rest <= 0 or self._stopping or oldest.job.alone:
                     chosen = set(map(id, company))
@@ -347,12 +356,11 @@ def joined(rows: Sequence[_Row]) -> dict[str, Any]:
     """Rows of several requests as the arguments of one `Pipeline.stream`."""
     batches = [row.job.sampling.batch([row.place]) for row in rows]
     known = [batch.known for batch in batches if batch.known is not None]  # of all rows, or of none
+    own = {name: [float(getattr(batch, name)[0]) for batch in batches] for name in OWN}
     return {
         "labels": [int(batch.labels[0]) for batch in batches],
         "noise": Noise.joined([batch.noise for batch in batches]),
-        "guidance_scale": [float(batch.guidance_scale[0]) for batch in batches],
-        "temperature": [float(batch.temperature[0]) for batch in batches],
-        "cfg_schedule": batches[0].cfg_schedule,
-        "num_iter": rows[0].job.sampling.num_iter,
         "known": Known.joined(known) if known else None,
+        **own,
+        **rows[0].shared,
     }
