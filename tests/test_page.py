@@ -208,6 +208,36 @@ def test_by_keyboard_alone(look: Any, server: Served) -> None:
     assert page.locator("#marked").inner_text() == "2 of 16 squares marked"
 
 
+def test_a_class_is_found_by_a_part_of_its_name(look: Any, server: Served) -> None:
+    from playwright.sync_api import expect
+
+    names = [f"animal {number}" for number in range(1000)]
+    names[7] = "golden retriever, hunting dog"
+
+    def named(route: Any) -> None:
+        answer = route.fetch()
+        data = answer.json()
+        data["data"][0] |= {"class_names": names, "num_classes": 1000}
+        route.fulfill(response=answer, json=data)
+
+    seen = look("about:blank")
+    page = seen.page
+    page.route("**/v1/models", named)
+    page.goto(server.url)
+    expect(page.locator("#about")).to_contain_text("1000 classes")
+    page.locator("#prompt").click()
+    expect(page.get_by_role("option")).to_have_count(100)  # all that anybody looks through
+    page.locator("#prompt").fill("RETR")
+    expect(page.get_by_role("option")).to_have_text(["7 golden retriever, hunting dog"])
+    seen.shot("names")
+    page.keyboard.press("Enter")
+    expect(page.locator("#prompt")).to_have_value("7 golden retriever, hunting dog")
+    page.get_by_label("Images").fill("1")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    done(page, 1)
+    assert page.locator("figcaption").first.inner_text().startswith("7 golden retriever, hunting dog\nseed")
+
+
 def test_pictures_grow_and_can_be_stopped(look: Any, digits_bundle: Path) -> None:
     from playwright.sync_api import expect
 
