@@ -71,7 +71,8 @@ class CheckpointInfo:
 
     @property
     def inner_heads(self) -> int | None:
-        return self.config.inner_heads if isinstance(self.config, ArinarConfig) else None
+        """Of a Gaussian mixture head; None for anything else."""
+        return self.config.inner_heads if isinstance(self.config, ArinarConfig) and self.config.head == "gmm" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -257,19 +258,17 @@ def _settle_arinar(path: Path, state: dict[str, Tensor], contents: Contents, giv
     args = contents.args
     if given.config is not None:
         settled = _Settled(given.config, "given by the caller", "the config given by the caller")
-        if given.inner_heads is None:
+        if given.inner_heads is None and given.config.head == "gmm":
             settled.warned += published.warnings_of_given_config(path, args, given.config)
     elif contents.config is not None:
         settled = _Settled(_parse(path, ArinarConfig, contents.config), "stored in the file", "stored in the file")
     else:
         source = f"inferred from the {'saved args and the ' if args else ''}weights' shapes"
-        config, heads_source, guesses = published.infer_arinar(path, state, args, given.inner_heads, given.outer_heads)
-        settled = _Settled(config, source, heads_source, guesses)
-        if args is not None:
-            settled.notes += versions.defaults(args, config.seq_len)[1]
-            if given.latent_stats is None:
-                settled.warned += published.warnings_of_statistics(path, args, config)
-    if args is not None:
+        found = published.infer_arinar(path, state, args, given.inner_heads, given.outer_heads)
+        settled = _Settled(found.config, source, found.heads_source, found.warned, found.notes)
+        if args is not None and given.latent_stats is None:
+            settled.warned += published.warnings_of_statistics(path, args, found.config)
+    if args is not None and settled.config.head == "gmm":
         settled.notes += versions.notes_from_args(args)
     _overrule(settled, given)
     return settled
@@ -279,6 +278,10 @@ def _overrule(settled: _Settled, given: _Given) -> None:
     """Put the caller's head counts and latent statistics into a settled config."""
     changes: dict[str, Any] = {}
     if given.inner_heads is not None:
+        if settled.config.head != "gmm":
+            raise CheckpointError(
+                f"inner_heads is {given.inner_heads}; a {settled.config.head} head has no attention: leave it out"
+            )
         changes["inner_heads"] = given.inner_heads
         settled.heads_source = "given by the caller"
     if given.outer_heads is not None:
@@ -306,7 +309,9 @@ def _read_vae(
     contents = contents or open_checkpoint(path)
     if not _looks_like_vae(contents):
         names = {bare_name(name) for state in contents.states.values() for name in state}
-        if contents.kind == "arinar" or any(name.startswith(("arhead.", "class_emb.", "z_proj.")) for name in names):
+        if contents.kind == "arinar" or any(
+            name.startswith(("arhead.", "diffloss.", "class_emb.", "z_proj.")) for name in names
+        ):
             raise CheckpointError(f"{path} is a model, not an autoencoder: load it with load_arinar")
         raise CheckpointError(f"{path} is not a KL autoencoder: it has no post_quant_conv.weight ({some(names)})")
     contents = states.unwrapped(path, contents, states.VAE_LANDMARK)
@@ -407,7 +412,8 @@ def _check_depths(path: Path, state: Mapping[str, Tensor], settled: _Settled) ->
     """Blocks as the config wants them, before any is built: what a file asks for, it must hold."""
     if not isinstance(settled.config, ArinarConfig):
         return
-    for stack, prefix in (("encoder", "encoder_blocks."), ("decoder", "decoder_blocks."), ("inner", "arhead.blocks.")):
+    inner = "arhead.blocks." if settled.config.head == "gmm" else "diffloss.net.res_blocks."
+    for stack, prefix in (("encoder", "encoder_blocks."), ("decoder", "decoder_blocks."), ("inner", inner)):
         wanted = getattr(settled.config, f"{stack}_depth")
         found = len({name[len(prefix) :].split(".", 1)[0] for name in state if name.startswith(prefix)})
         if wanted > found + _SPARE_BLOCKS:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+from .diffusion_schedule import respacings
 from .reading import parse_json
 from .schedule import check_cfg_schedule
 from .text import shown
@@ -21,7 +22,7 @@ MAX_TOKENS, MAX_DEPTH, MAX_CLASS_NAME = 1 << 16, 1024, 1000
 _MAX_WIDTH, _MAX_HEADS, _MAX_SIDE, _MAX_CLASSES = 1 << 16, 1024, 1 << 15, 1 << 24
 
 OUTER_KINDS = ("masked", "causal")
-HEAD_KINDS = ("gmm",)
+HEAD_KINDS = ("gmm", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,17 @@ class ArinarConfig:
     decoder_heads: int = 12
     mlp_ratio: float = 4.0
 
-    # What draws a token given z. `gmm`: an autoregressive model over its features, each from a Gaussian mixture.
+    # What draws a token given z. `gmm`: an autoregressive model over its features, each from a Gaussian mixture
+    # (ARINAR). `diffusion`: an MLP that takes the noise out of the whole token step by step (MAR).
     head: str = "gmm"
     inner_width: int = 768
     inner_depth: int = 1
+    # `gmm` only.
     inner_heads: int = 16
     inner_mlp_ratio: float = 4.0
     num_gaussians: int = 4
+    # `diffusion` only: the sampling steps of a token, as `arinar.diffusion_schedule.respacings` reads them.
+    sampling_steps: str = "100"
 
     norm_eps: float = 1e-6
     # `causal` only: the generation order as grid positions; () means raster order.
@@ -138,7 +143,8 @@ class ArinarConfig:
                 f"img_size {self.img_size} makes {self.seq_len:,} tokens of an image; expected at most {MAX_TOKENS:,}: "
                 f"a larger vae_stride or patch_size makes fewer"
             )
-        for room in ("encoder", "decoder", "inner"):
+        respacings(self.sampling_steps, 1)
+        for room in ("encoder", "decoder", *(["inner"] if self.head == "gmm" else [])):
             width, heads = getattr(self, f"{room}_width"), getattr(self, f"{room}_heads")
             if width % heads:
                 raise ValueError(f"{room}_width {width} is not divisible by {room}_heads {heads}")
@@ -336,6 +342,10 @@ def _published(width: int, depth: int, heads: int, **changes: Any) -> ArinarConf
     )
 
 
+def _mar(width: int, depth: int) -> dict[str, Any]:
+    return {"head": "diffusion", "inner_width": width, "inner_depth": depth}
+
+
 _DIGITS_NAMES = tuple(str(digit) for digit in range(10))
 _DIGITS = ArinarConfig(
     img_size=32,
@@ -365,10 +375,15 @@ PRESETS: dict[str, ArinarConfig] = {
     "base-v1": _published(768, 14, 12, inner_heads=4),
     "large-v1": _published(1024, 16, 16, inner_heads=4),
     "huge-v1": _published(1280, 20, 16, inner_heads=4),
+    # MAR's (github.com/LTH14/mar), with its recommended settings but for 64 outer steps instead of 256.
+    "mar_base": _published(768, 12, 12, default_guidance_scale=2.9, **_mar(1024, 6)),
+    "mar_large": _published(1024, 16, 16, default_guidance_scale=3.0, **_mar(1280, 8)),
+    "mar_huge": _published(1280, 20, 16, default_guidance_scale=3.2, **_mar(1536, 12)),
     # One stack of the same number of blocks as base's two.
     "base-causal": ArinarConfig(outer="causal", encoder_depth=0, decoder_depth=28),
     "digits": _DIGITS,
     "digits-causal": _DIGITS.replace(outer="causal", encoder_depth=0, decoder_depth=6, default_num_iter=16),
+    "digits-mar": _DIGITS.replace(**_mar(128, 3), sampling_steps="ddim25", default_guidance_scale=3.0),
 }
 
 #: Autoencoders that belong to the presets: `kl16` is the published one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 #: Demo models, by the name that every command accepts in place of a checkpoint's path, and their autoencoders.
-DEMO_MODELS: dict[str, str] = {"digits": "digits", "digits-causal": "digits"}
+DEMO_MODELS: dict[str, str] = {"digits": "digits", "digits-causal": "digits", "digits-mar": "digits"}
 
 _WEIGHTS = Path(__file__).resolve().parent / "weights"
 

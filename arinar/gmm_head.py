@@ -16,9 +16,16 @@ from .mixture_law import NUM_CANDIDATES
 class GmmHead(InnerAR):
     """`arinar.head.Head` for `config.head` "gmm". What ``law`` may say: ``num_candidates``, N of the guided draw."""
 
-    def loss(self, z: Tensor, tokens: Tensor) -> Tensor:
+    REPEATS = 1  # nothing in its loss is random
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Normal embeddings, of std 0.02."""
+        for table in (self.start_token, self.pos_embedding):
+            table.normal_(0.0, 0.02, generator=generator)
+
+    def loss(self, z: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Negative log-likelihood, without the constant 0.5 log(2 pi) per feature, as published."""
-        mixture: Mixture = self(z, tokens)
+        mixture = Mixture(*(_wide(value) for value in self(z, tokens)))
         per_feature = -log_density(tokens, mixture) - 0.5 * math.log(2 * math.pi)
         return per_feature.sum(-1)
 

@@ -20,6 +20,8 @@ class Draw:
     guidance_scale, temperature : (M,), at least 1 and above 0. draws : (M, D, U) random numbers, as
     `arinar.law.Law.make` makes them: then what is drawn is what the deployed graphs draw. None: the published code's
     draws, from ``generator``. law : what the draws' law depends on besides the config, as a bundle's manifest tells.
+    sampling_steps : of a diffusion head, at this outer step (`arinar.diffusion_schedule.kept_timesteps`); None: the config's.
+    recorded : whether the parts of the law are wanted.
     """
 
     guidance_scale: Tensor
@@ -27,11 +29,13 @@ class Draw:
     generator: torch.Generator
     draws: Tensor | None = None
     law: Mapping[str, int] = field(default_factory=dict)
+    sampling_steps: str | None = None
+    recorded: bool = True
 
 
 class Drawn(NamedTuple):
     """M tokens (M, D), and the parts of the law that each of their S draws followed, each (M, S, ...): of the conditional
-    branch, and of the unconditional one where there is guidance."""
+    branch, and of the unconditional one where there is guidance. (Empty where they were not wanted and cost something.)"""
 
     tokens: Tensor
     cond: tuple[Tensor, ...]
@@ -39,10 +43,15 @@ class Drawn(NamedTuple):
 
 
 class Head(Protocol):
-    """A module made with (config); rows are tokens."""
+    """A module made with (config); rows are tokens. REPEATS: how often a training step takes the loss of each token."""
 
-    def loss(self, z: Tensor, tokens: Tensor) -> Tensor:
-        """z (N, C), tokens (N, D) -> training loss (N,)."""
+    REPEATS: int
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Random weights, in place, of what does not begin as every linear layer does; without gradient."""
+
+    def loss(self, z: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """z (N, C), tokens (N, D) -> training loss (N,); what is random in it comes from ``generator`` (on the CPU)."""
 
     def draw(self, z_cond: Tensor, z_uncond: Tensor | None, how: Draw, forced: Tensor | None = None) -> Drawn:
         """z (M, C) of the branches -> tokens; ``forced`` (M, D) takes the place of what would be drawn."""

@@ -21,14 +21,17 @@ Parts = tuple[Array, ...]
 class Law:
     """What one draw of a token's S draws follows, and the random numbers that it takes.
 
+    draw : what is drawn at one time, and of : from what, in a word; for people.
     parts : names of the parameters, in the order in which they are passed; titles : what each is, for people.
     kl : KL(p || q) of parts p and q, per draw: (...) in nats, at least 0.
     pick : draws (...), parts -> the alternative (0 to ``picks(config)`` - 1) that each most probably took; picks: how many
-        a draw has.
+        a draw has (1: there is nothing to pick).
     noise : name of the random numbers; size: how many a feature takes; make: (generator, shape) -> float32 of that shape,
         its last axis ``size``; check: raises ValueError for numbers out of range.
     """
 
+    draw: str
+    of: str
     parts: tuple[str, ...]
     titles: dict[str, str]
     kl: Callable[[Parts, Parts], Array]
@@ -41,7 +44,7 @@ class Law:
 
 
 #: Head, as the config names it -> module of this package that holds its `LAW`.
-LAWS = {"gmm": "gmm_law"}
+LAWS = {"gmm": "gmm_law", "diffusion": "diffusion_law"}
 
 
 def law_of(config: ArinarConfig) -> Law:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import PRESETS, VAE_PRESETS, ArinarConfig
+from .diffusion_head import DiffusionHead
 from .gmm_head import GmmHead
+from .head import Head
 from .inner import Mixture
 from .outer import CausalOuter, MaskedOuter
 from .vae import AutoencoderKL, to_uint8
@@ -18,7 +20,7 @@ from .vae import AutoencoderKL, to_uint8
 MASK_RATIO_STD = 0.25
 MASK_RATIO_MIN = 0.7
 #: Head, as the config names it -> the attribute that holds it, as in the published checkpoints, and its kind.
-HEADS = {"gmm": ("arhead", GmmHead)}
+HEADS: dict[str, tuple[str, type[nn.Module]]] = {"gmm": ("arhead", GmmHead), "diffusion": ("diffloss", DiffusionHead)}
 
 
 class Arinar(nn.Module):
@@ -46,9 +48,9 @@ class Arinar(nn.Module):
         setattr(self, attribute, kind(config))
 
     @property
-    def head(self) -> GmmHead:
+    def head(self) -> Head:
         """What draws a token given z."""
-        found: GmmHead = getattr(self, HEADS[self.config.head][0])
+        found: Head = getattr(self, HEADS[self.config.head][0])
         return found
 
     def condition(self, tokens: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
@@ -56,22 +58,28 @@ class Arinar(nn.Module):
         raise NotImplementedError  # by the kinds below
 
     def mixture(self, z: Tensor, features: Tensor) -> Mixture:
-        """Teacher-forced mixture parameters.
+        """Teacher-forced mixture parameters of a Gaussian mixture head.
 
-        z (N, C), features (N, D) -> weight, mu, logvar, each (N, D, K): those of feature j given features < j.
+        z (N, C), features (N, D) -> weight, mu, logvar, each (N, D, K): those of feature j given features < j. Raises
+        ValueError for another head.
         """
+        if not isinstance(self.head, GmmHead):
+            raise ValueError(
+                f"a {self.config.head} head draws from no mixture: its training loss is model.head.loss(z, tokens)"
+            )
         result: Mixture = self.head(z, features)
         return result
 
     def nll(self, z: Tensor, features: Tensor, row_mask: Tensor | None = None) -> Tensor:
-        """Training loss: negative log-likelihood per token, without the constant 0.5 log(2 pi) per feature.
+        """Training loss of a Gaussian mixture head: negative log-likelihood per token, without the constant 0.5 log(2 pi)
+        per feature. Raises ValueError for another head, whose likelihood is not known in closed form.
 
         z (N, C), features (N, D) -> (N,); with ``row_mask`` (N,) the mean over rows where it is 1, a scalar.
         """
+        if not isinstance(self.head, GmmHead):
+            raise ValueError(f"a {self.config.head} head has no NLL: its training loss is model.head.loss(z, tokens)")
         rows = self.head.loss(z, features)
-        if row_mask is None:
-            return rows
-        return (rows * row_mask).sum() / row_mask.sum()
+        return rows if row_mask is None else masked_mean(rows, row_mask)
 
     def forward(
         self, latents: Tensor, labels: Tensor, *, label_drop: float = 0.1, generator: torch.Generator | None = None
@@ -79,13 +87,15 @@ class Arinar(nn.Module):
         """Training loss of VAE latents (B, channels, H, W) (as the VAE makes them) and labels (B,): a scalar.
 
         Each label is replaced by the unconditional one with probability ``label_drop``. A masked model is trained on
-        the unknown tokens of one random mask ratio per batch, a causal one on all tokens in one pass.
+        the unknown tokens of one random mask ratio per batch, a causal one on all tokens in one pass; each token as often
+        as its head's REPEATS says.
         """
         tokens = patchify(normalize(latents, self.config), self.config.patch_size)  # (B, L, D)
         labels = drop_labels(labels, label_drop, generator)
         mask = self.training_mask(len(tokens), generator).to(tokens)  # (B, L)
         z = self.condition(tokens, mask, labels)
-        return self.nll(z.flatten(0, 1), tokens.flatten(0, 1), mask.flatten())
+        z, tokens = (value.flatten(0, 1).repeat(self.head.REPEATS, 1) for value in (z, tokens))
+        return masked_mean(self.head.loss(z, tokens, generator), mask.flatten().repeat(self.head.REPEATS))
 
     def training_mask(
         self,
@@ -134,6 +144,11 @@ class CausalArinar(Arinar, CausalOuter):
         return torch.ones(batch, self.config.seq_len)
 
 
+def masked_mean(rows: Tensor, mask: Tensor) -> Tensor:
+    """The mean of rows (N,) where mask (N,) is 1."""
+    return (rows * mask).sum() / mask.sum()
+
+
 def drop_labels(labels: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
     """Labels (B,), each replaced by the unconditional -1 with probability ``share``; 0 draws nothing."""
     if share <= 0:
@@ -152,8 +167,9 @@ def initialize(model: Arinar, seed: int = 0) -> Arinar:
                 if module.bias is not None:
                     module.bias.zero_()
         for name, parameter in model.named_parameters():
-            if name.endswith(("fake_latent", "mask_token", "_learned", "start_token", "pos_embedding", "class_emb.weight")):
+            if name.endswith(("fake_latent", "mask_token", "_learned", "class_emb.weight")):
                 parameter.normal_(0.0, 0.02, generator=generator)
+        model.head.initialize(generator)
     return model
 
 

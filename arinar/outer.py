@@ -98,7 +98,10 @@ class _Outer(nn.Module):
     class_emb: nn.Embedding
 
     def class_vectors(self, labels: Tensor) -> Tensor:
-        """(B,) int64, -1 = unconditional -> (B, C)."""
+        """(B,) int64, -1 = unconditional, or (B, num_classes) weights of classes, -1 = unconditional -> (B, C)."""
+        if labels.is_floating_point():
+            mixed = labels.to(self.class_emb.weight) @ self.class_emb.weight
+            return torch.where(labels[:, :1] < 0, self.fake_latent.to(mixed.dtype), mixed)
         known: Tensor = self.class_emb(labels.clamp(min=0))
         return torch.where(labels[:, None] < 0, self.fake_latent.to(known.dtype), known)
 

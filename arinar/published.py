@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import published_diffusion as diffusion_head
 from . import versions
 from .checkpoint_files import CheckpointError, bare_name, some
 from .config import ArinarConfig, VaeConfig
@@ -26,18 +27,21 @@ PUBLISHED_OUTER_HEADS = {768: 12, 1024: 16, 1280: 16}
 _FIRST_VERSION_SIZES = {(1024, 16), (1280, 20)}
 _LATER_SIZES = {(1024, 18), (1280, 22)}
 
-_ONLY_GMM = "only the inner autoregressive Gaussian-mixture head is supported (head_type ar_gmm, feature_group 1, no flow)"
+_ONLY_THESE = (
+    "supported are the inner autoregressive Gaussian-mixture head (head_type ar_gmm, feature_group 1, no flow) and MAR's "
+    "diffusion head (diff_loss)"
+)
 _HEAD_TYPES = {
     "ar_diff_loss": "inner autoregressive diffusion",
     "ar_rect_flow": "inner autoregressive rectified flow",
     "ar_byte": "inner autoregressive bytes",
     "rect_flow": "rectified flow",
-    "diff_loss": "diffusion",
     "gmm_wo_ar": "Gaussian mixture without inner autoregression",
     "gmm_cov_wo_ar": "full-covariance Gaussian mixture without inner autoregression",
 }
 _HEAD_KEYS = {
-    "diffloss.": "diffusion or rectified-flow",
+    "diffloss.flow_net.": "rectified-flow",
+    "diffloss.": "per-token (not MAR's)",
     "gmm_head.": "non-autoregressive Gaussian-mixture",
     "arhead.net.": "inner diffusion or rectified-flow",
     "arhead.word_embed.": "inner bytes",
@@ -49,26 +53,36 @@ def refuse_other_heads(path: Path, state: Mapping[str, Tensor], args: Mapping[st
     backbone = args.get("model", "mar")
     if isinstance(backbone, str) and backbone.startswith("var"):
         raise CheckpointError(f"{path} has the backbone {_bare(backbone)}; only the masked MAR backbone is supported")
-    head_type = args.get("head_type", "ar_gmm")
-    if head_type != "ar_gmm":
-        name = _HEAD_TYPES.get(head_type, "unknown") if isinstance(head_type, str) else "unknown"
-        raise CheckpointError(f"{path} has the head {_bare(head_type)} ({name}); {_ONLY_GMM}")
+    diffusion = diffusion_head.has_diffusion_head(state)
+    told, held = args.get("head_type"), "diff_loss" if diffusion else "ar_gmm"
+    if told not in (None, "ar_gmm", "diff_loss"):
+        name = _HEAD_TYPES.get(told, "unknown") if isinstance(told, str) else "unknown"
+        raise CheckpointError(f"{path} has the head {_bare(told)} ({name}); {_ONLY_THESE}")
+    if told not in (None, held):
+        raise CheckpointError(
+            f"{path}: its saved args say head_type {told}, its weights {'have' if diffusion else 'lack'} MAR's diffusion head "
+            f"({diffusion_head.LANDMARK} with two rows for each feature); {_ONLY_THESE}"
+        )
+    if diffusion:
+        return
     for prefix, name in _HEAD_KEYS.items():
         if any(key.startswith(prefix) for key in state):
-            raise CheckpointError(f"{path} has a {name} head (entries {prefix}*); {_ONLY_GMM}")
+            raise CheckpointError(f"{path} has a {name} head (entries {prefix}*); {_ONLY_THESE}")
     if args.get("use_nf") or any(key.startswith("arhead.nf.") for key in state):
-        raise CheckpointError(f"{path} has a normalising flow before its mixture head (use_nf); {_ONLY_GMM}")
+        raise CheckpointError(f"{path} has a normalising flow before its mixture head (use_nf); {_ONLY_THESE}")
     if args.get("pos_emb_for_head") or any(key.startswith("arhead.head_nm.loc_emb.") for key in state):
         raise CheckpointError(
             f"{path} has position embeddings before its head's last layer (pos_emb_for_head), which are not supported; "
-            f"{_ONLY_GMM}"
+            f"{_ONLY_THESE}"
         )
     group = args.get("feature_group", 1)
     projection = state.get("arhead.input_proj.weight")
     if projection is not None and projection.ndim == 2:
         group = projection.shape[1]
     if group != 1:
-        raise CheckpointError(f"{path} generates {shown(group)} features at a time (feature_group {shown(group)}); {_ONLY_GMM}")
+        raise CheckpointError(
+            f"{path} generates {shown(group)} features at a time (feature_group {shown(group)}); {_ONLY_THESE}"
+        )
 
 
 def guess_heads(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[int | None, str]:
@@ -103,10 +117,18 @@ class _Shapes:
     length: int
     num_classes: int
     token_dim: int
-    widths: dict[str, int]  # of "encoder", "decoder", "inner"
+    widths: dict[str, int]  # of "encoder" and "decoder"
     depths: dict[str, int]
     outer_rows: int  # of the first matrix of an outer block's MLP
-    inner_rows: int
+
+
+class Inferred(NamedTuple):
+    """A config, how its inner heads were settled ("" where it has none), warnings for what was guessed, and notes."""
+
+    config: ArinarConfig
+    heads_source: str
+    warned: list[str]
+    notes: list[str]
 
 
 def infer_arinar(
@@ -115,8 +137,8 @@ def infer_arinar(
     args: Mapping[str, Any] | None,
     inner_heads: int | None,
     outer_heads: int | None = None,
-) -> tuple[ArinarConfig, str, list[str]]:
-    """Config, how the inner heads were settled, and warnings for what was guessed.
+) -> Inferred:
+    """The config of published weights.
 
     ``inner_heads`` and ``outer_heads`` (of encoder and decoder) are the caller's, and decide. Raises CheckpointError
     where neither they, nor the args, nor the shapes do.
@@ -128,29 +150,60 @@ def infer_arinar(
         )
     saved = args or {}
     shapes = _read_shapes(path, state)
-    patch = _integer(path, saved, "patch_size", 1)
-    heads = _outer_heads(path, saved, shapes.widths, outer_heads)
-    settled, warned = _inner_heads(path, args, shapes, inner_heads)
-    stride = _integer(path, saved, "vae_stride", 16)
-    config = _assemble(path, state, shapes, patch, stride, {**heads, "inner": settled[0]})
+    outer = _outer_entries(path, state, saved, shapes, outer_heads)
+    warned: list[str] = []
+    if diffusion_head.has_diffusion_head(state):
+        heads_source = ""
+        head = diffusion_head.head_entries(path, state)
+        defaults, notes = diffusion_head.defaults(args, shapes.widths["decoder"], shapes.length)
+    else:
+        head, heads_source, warned = _gmm_entries(path, state, args, shapes, inner_heads)
+        defaults, notes = versions.defaults(saved, shapes.length, versions.divides_by_temperature(saved))
+    try:
+        config = ArinarConfig(**outer, **head)
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path}: its weights' shapes give no usable config ({error}): pass config=... (--config FILE on the command line)"
+        ) from None
     _refuse_disagreement(path, saved, config)
     try:
         scale = versions.latent_scale(saved)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return config.replace(latent_scale=scale, **versions.defaults(saved, shapes.length)[0]), settled[1], warned
+    config = config.replace(latent_scale=scale, **defaults)
+    if config.head == "diffusion":
+        notes = [*notes, *diffusion_head.notes(config)]
+    return Inferred(config, heads_source, warned, notes)
+
+
+def _gmm_entries(
+    path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any] | None, shapes: _Shapes, given: int | None
+) -> tuple[dict[str, Any], str, list[str]]:
+    """The config's entries of a Gaussian mixture head, how its inner heads were settled, and what was guessed."""
+    width = _shape(path, state, "arhead.input_proj.weight", 2)[0]
+    depth = _count(state, "arhead.blocks.")
+    rows = _shape(path, state, "arhead.blocks.0.ffn.fc1.weight", 2)[0]
+    outer = (shapes.widths["encoder"], shapes.depths["encoder"])
+    (heads, reason), warned = _inner_heads(path, args, outer, (width, depth), given)
+    entries = {
+        "inner_width": width,
+        "inner_depth": depth,
+        "inner_heads": heads,
+        "inner_mlp_ratio": rows / max(width, 1),
+        "num_gaussians": _shape(path, state, "arhead.head.weight", 2)[0] // 3,
+    }
+    return entries, reason, warned
 
 
 def _inner_heads(
-    path: Path, args: Mapping[str, Any] | None, shapes: _Shapes, given: int | None
+    path: Path, args: Mapping[str, Any] | None, outer: tuple[int, int], inner: tuple[int, int], given: int | None
 ) -> tuple[tuple[int, str], list[str]]:
-    """Inner heads with the reason, and the warning where they are a guess."""
+    """Inner heads with the reason, and the warning where they are a guess; outer and inner are (width, depth)."""
     if given is not None:
         return (given, "given by the caller"), []
     settled = heads_from_args(args)
     guessed = settled is None
     if settled is None:
-        outer, inner = ((shapes.widths[stack], shapes.depths[stack]) for stack in ("encoder", "inner"))
         settled = guess_heads(outer, inner)
     heads, reason = settled
     if heads is None:
@@ -174,16 +227,14 @@ def _read_shapes(path: Path, state: Mapping[str, Tensor]) -> _Shapes:
     _, length, decoder_width = _shape(path, state, "diffusion_pos_embed_learned", 3)
     num_classes, encoder_width = _shape(path, state, "class_emb.weight", 2)
     token_dim = _shape(path, state, "z_proj.weight", 2)[1]
-    inner_width = _shape(path, state, "arhead.input_proj.weight", 2)[0]
-    stacks = {"encoder": "encoder_blocks.", "decoder": "decoder_blocks.", "inner": "arhead.blocks."}
+    stacks = {"encoder": "encoder_blocks.", "decoder": "decoder_blocks."}
     return _Shapes(
         length,
         num_classes,
         token_dim,
-        widths={"encoder": encoder_width, "decoder": decoder_width, "inner": inner_width},
+        widths={"encoder": encoder_width, "decoder": decoder_width},
         depths={stack: _count(state, prefix) for stack, prefix in stacks.items()},
         outer_rows=_shape(path, state, "encoder_blocks.0.mlp.fc1.weight", 2)[0],
-        inner_rows=_shape(path, state, "arhead.blocks.0.ffn.fc1.weight", 2)[0],
     )
 
 
@@ -215,36 +266,27 @@ def _warning_of_guess(path: Path, inner_heads: int, reason: str) -> str:
     )
 
 
-def _assemble(
-    path: Path, state: Mapping[str, Tensor], shapes: _Shapes, patch: int, stride: int, heads: Mapping[str, int]
-) -> ArinarConfig:
-    widths, depths = shapes.widths, shapes.depths
-    try:
-        return ArinarConfig(
-            img_size=math.isqrt(shapes.length) * stride * patch,
-            vae_stride=stride,
-            patch_size=patch,
-            vae_embed_dim=shapes.token_dim // patch**2,
-            num_classes=shapes.num_classes,
-            buffer_size=_shape(path, state, "encoder_pos_embed_learned", 3)[1] - shapes.length,
-            encoder_width=widths["encoder"],
-            encoder_depth=depths["encoder"],
-            encoder_heads=heads["encoder"],
-            decoder_width=widths["decoder"],
-            decoder_depth=depths["decoder"],
-            decoder_heads=heads["decoder"],
-            mlp_ratio=shapes.outer_rows / widths["encoder"],
-            inner_width=widths["inner"],
-            inner_depth=depths["inner"],
-            inner_heads=heads["inner"],
-            inner_mlp_ratio=shapes.inner_rows / widths["inner"],
-            num_gaussians=_shape(path, state, "arhead.head.weight", 2)[0] // 3,
-            default_num_iter=min(64, shapes.length),
-        )
-    except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{path}: its weights' shapes give no usable config ({error}): pass config=... (--config FILE on the command line)"
-        ) from None
+def _outer_entries(
+    path: Path, state: Mapping[str, Tensor], saved: Mapping[str, Any], shapes: _Shapes, given: int | None
+) -> dict[str, Any]:
+    """The config's entries of the outer network and the images; ``given``: its heads, as the caller has them."""
+    patch, stride = _integer(path, saved, "patch_size", 1), _integer(path, saved, "vae_stride", 16)
+    heads = _outer_heads(path, saved, shapes.widths, given)
+    entries: dict[str, Any] = {
+        "img_size": math.isqrt(shapes.length) * stride * patch,
+        "vae_stride": stride,
+        "patch_size": patch,
+        "vae_embed_dim": shapes.token_dim // patch**2,
+        "num_classes": shapes.num_classes,
+        "buffer_size": _shape(path, state, "encoder_pos_embed_learned", 3)[1] - shapes.length,
+        "mlp_ratio": shapes.outer_rows / max(shapes.widths["encoder"], 1),
+        "default_num_iter": min(64, shapes.length),
+    }
+    for stack in ("encoder", "decoder"):
+        entries[f"{stack}_width"] = shapes.widths[stack]
+        entries[f"{stack}_depth"] = shapes.depths[stack]
+        entries[f"{stack}_heads"] = heads[stack]
+    return entries
 
 
 def _refuse_disagreement(path: Path, args: Mapping[str, Any], config: ArinarConfig) -> None:
@@ -253,10 +295,15 @@ def _refuse_disagreement(path: Path, args: Mapping[str, Any], config: ArinarConf
         "vae_embed_dim": config.vae_embed_dim,
         "class_num": config.num_classes,
         "buffer_size": config.buffer_size,
-        "num_gaussians": config.num_gaussians,
-        "inner_ar_width": config.inner_width,
-        "inner_ar_depth": config.inner_depth,
     }
+    if config.head == "gmm":
+        entries |= {
+            "num_gaussians": config.num_gaussians,
+            "inner_ar_width": config.inner_width,
+            "inner_ar_depth": config.inner_depth,
+        }
+    elif "head_type" not in args:  # MAR's own; ARINAR's code has other names, and these with other meanings
+        entries |= {"diffloss_w": config.inner_width, "diffloss_d": config.inner_depth}
     wrong = [
         f"{name} is {shown(args[name])} in args, {got} in the weights"
         for name, got in entries.items()

@@ -1,6 +1,6 @@
 """The reference sampler: the published algorithm step by step in plain PyTorch, which parity is measured against.
 
-Nothing here is optimised: conditioning is recomputed for each feature, every position goes through the last block,
+Nothing here is optimised: conditioning is recomputed for each draw, every position goes through the last block,
 guidance draws 1000 proposals, as the published code does.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .diffusion_schedule import respacings
 from .head import Draw
 from .model import Arinar, CausalArinar
 from .schedule import Step, check_cfg_schedule, guidance_at, steps
@@ -59,12 +60,13 @@ class StepRecord:
 @torch.no_grad()
 def sample(
     model: Arinar,
-    labels: Tensor,
+    labels: Tensor | Sequence[int | Mapping[int, float]],
     *,
     guidance_scale: float | Sequence[float],
     cfg_schedule: str = "linear",
     temperature: float | Sequence[float] = 1.0,
     num_iter: int | None = None,
+    sampling_steps: str | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     noise: NoiseLike | None = None,
@@ -79,10 +81,11 @@ def sample(
     Parameters
     ----------
     model : in ``eval()`` mode, any float dtype.
-    labels : (B,) int64 class ids.
+    labels : (B,) int64 class ids; or a list of those and of weights by class id, whose embeddings are interpolated.
     guidance_scale : >= 1, one for all or one per label; exactly 1 for all runs no unconditional branch.
     temperature : > 0, one for all or one per label; multiplies the component std of the proposals.
     num_iter : outer steps, 1..L; None means the config's default. A causal model always takes L.
+    sampling_steps : of a diffusion head (`arinar.diffusion_schedule.respacings`); None means the config's.
     seed : without ``noise``, draws are the published code's (1000 normal proposals per guided feature), made on the CPU.
     generator : takes the seed's place; draws are made on its device.
     noise : every random number, explicitly; draws then follow the deployed sampler (same law, a few uniforms per
@@ -117,7 +120,8 @@ def sample(
     if known is not None:
         unknown, order = _start_from(known, tokens, order, fixed=isinstance(model, CausalArinar))
     plan = steps(length, _num_iter(model, num_iter), unknown)
-    outer = _Outer(model, labels.to(device), guided=bool((scales != 1.0).any()))
+    chains = respacings(config.sampling_steps if sampling_steps is None else sampling_steps, len(plan))
+    outer = _Outer(model, _classes(labels, config.num_classes).to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
     rows = torch.arange(batch, device=device)[:, None]
     for step in plan:
@@ -127,11 +131,25 @@ def sample(
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
         scale_rows, heat_rows = (value.repeat_interleave(step.count) for value in (guidance, heats.to(device)))
-        drawn = model.head.draw(z_cond, z_uncond, Draw(scale_rows, heat_rows, generator, draws, law or {}), target)
+        how = Draw(scale_rows, heat_rows, generator, draws, law or {}, chains[step.index], record is not None)
+        drawn = model.head.draw(z_cond, z_uncond, how, target)
         tokens[rows, positions] = drawn.tokens.reshape(*positions.shape, -1)
         if record is not None:
             record(StepRecord(step, positions, z_cond, z_uncond, drawn.cond, drawn.uncond, drawn.tokens, guidance))
     return tokens
+
+
+def _classes(labels: Tensor | Sequence[int | Mapping[int, float]], num_classes: int) -> Tensor:
+    """Class ids (B,), or (B, num_classes) float64 weights that sum to 1 where an image is of several classes."""
+    if isinstance(labels, Tensor):
+        return labels
+    if not any(isinstance(label, Mapping) for label in labels):
+        return torch.tensor(labels)
+    weights = torch.zeros(len(labels), num_classes, dtype=torch.float64)
+    for row, label in enumerate(labels):
+        for name, weight in (label if isinstance(label, Mapping) else {label: 1.0}).items():
+            weights[row, name] = weight
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _start_from(known: KnownLike, tokens: Tensor, order: Tensor, *, fixed: bool) -> tuple[int, Tensor]:

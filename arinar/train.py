@@ -27,7 +27,6 @@ from .data import DIGITS, Augment, Dataset, load_dataset, to_float
 from .demo import demo_vae
 from .files import check_writable
 from .fit import Fit, OnEval, Optimization, TrainResult, Watch, own_random_state, seed_for
-from .inner import Mixture, log_density
 from .judge import Judgement, judge
 from .model import (
     MASK_RATIO_MIN,
@@ -58,7 +57,7 @@ LEAST_PSNR = 20.0
 JUDGE_BATCH = 100
 
 #: What :func:`train_demo` trains. Their recipes are the defaults of :func:`train_vae` and :func:`train_arinar`.
-DEMO_NAMES = ("digits-vae", "digits", "digits-causal")
+DEMO_NAMES = ("digits-vae", "digits", "digits-causal", "digits-mar")
 
 # Masks for images of few tokens: the published range would leave them without training for the last sampling steps.
 # With the published number of tokens the model generalises to those; with 16 tokens, 0.7 means 4 known at most.
@@ -209,7 +208,8 @@ def train_arinar(
     on_eval: OnEval | None = None,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Train a model of either kind and write the averaged weights with the lowest held-out NLL to ``out``.
+    """Train a model of any kind and write the averaged weights with the lowest held-out loss to ``out``. (Of a Gaussian
+    mixture head the loss is the NLL per token; of a diffusion head it is that of `DiffusionHead.loss_at`.)
 
     The images are encoded once, in ``augmented_copies`` randomly changed copies beside the original; each step draws
     latents from the posterior of a random copy. ``latent_shift`` and ``latent_scale`` are set per channel so that the
@@ -228,7 +228,7 @@ def train_arinar(
         images of fewer than 64 tokens.
     accept_reconstruction : train also where the autoencoder reconstructs the images badly, below LEAST_PSNR.
     device : None means CUDA where there is one (bfloat16 where it has it), else the CPU.
-    on_eval : called with (steps done, mean training loss, held-out NLL per token) at each evaluation.
+    on_eval : called with (steps done, mean training loss, held-out loss) at each evaluation.
     overwrite : train anew where ``out`` is there already.
 
     Raises ValueError for unsuitable arguments or data, where ``out`` cannot be written or is there already, and where the
@@ -266,7 +266,7 @@ def train_arinar(
             "data": dataset.fingerprint(),
         }
         fit = Fit(model, optimization, task.loss, task.evaluate if len(aside) else None, seed, identity, target)
-        return _carry_out(fit, watch, Path(out), save_arinar, "held_out_nll", dataset)
+        return _carry_out(fit, watch, Path(out), save_arinar, held_out_name(model_config), dataset)
 
 
 @torch.no_grad()
@@ -386,7 +386,7 @@ def _carry_out(fit: Fit, watch: Watch, out: Path, save: Callable[..., None], mea
 
 
 def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **changes: Any) -> TrainResult:
-    """Train a demo model ("digits", "digits-causal") or its autoencoder ("digits-vae") as the shipped one was.
+    """Train a demo model ("digits", "digits-causal", "digits-mar") or its autoencoder ("digits-vae") as the shipped one was.
 
     ``changes`` are keyword arguments of :func:`train_vae` or :func:`train_arinar` that differ from the defaults. A
     finished model is judged on ``judged_samples`` samples at its default settings (0: not at all), and the result
@@ -413,9 +413,14 @@ def train_demo(name: str, out: str | Path, *, judged_samples: int = 1000, **chan
             "judged_samples": str(found.images),
         }
         if result.held_out is not None:
-            metadata["held_out_nll"] = f"{result.held_out:.4f}"
+            metadata[held_out_name(model.config)] = f"{result.held_out:.4f}"
         save_arinar(out, model, metadata=metadata)
     return result
+
+
+def held_out_name(config: ArinarConfig) -> str:
+    """What the held-out loss of a model is called in its file's metadata."""
+    return "held_out_nll" if config.head == "gmm" else "held_out_loss"
 
 
 def judge_samples(
@@ -476,20 +481,18 @@ def training_loss(
     mask_ratio_min: float = MASK_RATIO_MIN,
     mask_ratio_std: float = MASK_RATIO_STD,
 ) -> Tensor:
-    """NLL per token to be predicted, of normalised tokens (B, L, D) and labels (B,): a scalar.
+    """The head's loss per token to be predicted, of normalised tokens (B, L, D) and labels (B,): a scalar.
 
-    The same quantity as ``model(latents, labels)`` (without 0.5 log(2 pi) per feature), with the masks' share of
-    unknown tokens to choose and no work for tokens that are known.
+    The same quantity as ``model(latents, labels)``, with the masks' share of unknown tokens to choose and no work for
+    tokens that are known.
     """
     labels = drop_labels(labels, label_drop, generator)
     mask = model.training_mask(len(tokens), generator, mask_ratio_min, mask_ratio_std).to(tokens)
     unknown = mask.flatten().bool()
     z = model.condition(tokens, mask, labels).flatten(0, 1)[unknown]  # (N, C)
     features = tokens.flatten(0, 1)[unknown].float()  # (N, D)
-    # Under autocast the network may run in bfloat16; densities need single precision.
-    mixture = Mixture(*(value.float() for value in model.mixture(z, features)))
-    constant = 0.5 * math.log(2 * math.pi) * features.shape[-1]
-    return -log_density(features, mixture).sum(-1).mean() - constant
+    z, features = (value.repeat(model.head.REPEATS, 1) for value in (z, features))
+    return model.head.loss(z, features, generator).mean()
 
 
 @torch.no_grad()

@@ -86,10 +86,11 @@ def latent_scale(args: Args) -> float:
     return float(value)
 
 
-def defaults(args: Args, seq_len: int) -> tuple[dict[str, Any], list[str]]:
+def defaults(args: Args, seq_len: int, divides: bool) -> tuple[dict[str, Any], list[str]]:
     """Sampling settings saved in ``args`` as fields of ArinarConfig, and notes on those that cannot be taken.
 
-    ``num_iter`` is cut to ``seq_len``; ``cfg`` 0 means none there, 1 here; the temperature becomes one that multiplies.
+    ``num_iter`` is cut to ``seq_len``; ``cfg`` 0 means none there, 1 here; a temperature by which the code ``divides``
+    becomes one that multiplies.
     """
     found: dict[str, Any] = {}
     notes = []
@@ -101,7 +102,7 @@ def defaults(args: Args, seq_len: int) -> tuple[dict[str, Any], list[str]]:
     ):
         if name not in args:
             continue
-        value = _default(name, args[name], seq_len, divides_by_temperature(args))
+        value = _default(name, args[name], seq_len, divides)
         if value is None:
             notes.append(f"its saved {name} is {shown(args[name])}, not {wanted}: it does not become the default")
         else:

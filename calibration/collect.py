@@ -19,6 +19,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from arinar.config import ArinarConfig
+from arinar.diffusion_schedule import TRAIN_STEPS
 from arinar.export.layers import Graph, layer_graphs
 from arinar.runtime.backends.cpu import Buffers
 from arinar.runtime.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -129,6 +130,7 @@ class RecordingBackend(OnnxRuntimeCpu):
         self._unread = head_class(bundle.manifest.config).unread
         # Slot, the sample, and which rows of the launches it is made of.
         self._pending: tuple[int, StepSample, Array] | None = None
+        resumed = bool(recording.done)
         for name in layer_graphs(self._graphs):
             graph = self._parsed[name] = Graph.load(bundle.graph_path(self._graphs[name]))
             tensors = self._ready(self._graphs[name], self.threads)[1]
@@ -137,6 +139,7 @@ class RecordingBackend(OnnxRuntimeCpu):
             _agree(f"maxima of {name}", maxima.shape, (len(tensors), num_steps))
             for layer in graph.layers.values():
                 made = TensorStatistics(len(layer.weight), num_steps)
+                _agree(f"layer {layer.name}", layer.name in recording.layers or not resumed, True)
                 kept = recording.layers.setdefault(layer.name, made)
                 _agree(f"statistics of {layer.name}", (kept.channels, kept.steps), (made.channels, made.steps))
 
@@ -362,7 +365,8 @@ def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: in
     backend = RecordingBackend(bundle, recording, 1, seed, None)
     rng = np.random.default_rng(seed)
     length = config.seq_len
-    limits = {"labels": (-1, config.num_classes), "rows": (0, 1)}
+    classes = config.num_classes
+    limits = {"labels": (-1, classes), "mixed_labels": (0, classes), "rows": (0, 1), "timestep": (0, TRAIN_STEPS)}
     infos = bundle.manifest.precision_graphs("fp32")
     for name in layer_graphs(infos):
         info = infos[name]
@@ -370,7 +374,8 @@ def collect_random(bundle: Bundle, *, launches: int = 8, rows: int = 8, seed: in
         positions = config.token_dim if info.phase == "head" else positions
         for _ in range(launches):
             middle = int(rng.integers(1, length - 1)) if length > 2 else 1
-            sizes = {"V": length - middle - 1, "P": 1, "U": middle, "G": 2, "B": rows, "N": rows, "S": config.token_dim}
+            sizes = {"V": length - middle - 1, "P": 1, "U": middle, "G": 2, "B": rows, "N": rows, "M": rows}
+            sizes["S"] = config.token_dim
             feed: dict[str, Array] = {}
             for tensor in info.inputs:
                 shape = tuple(d if isinstance(d, int) else sizes[d] for d in tensor.shape)

@@ -25,6 +25,7 @@ from arinar.law import Parts, law_of
 from arinar.runtime.backends.cpu import Buffers, CpuBackend
 from arinar.runtime.bundle import Bundle, Defaults, GraphInfo
 from arinar.runtime.head import Head, head_class
+from arinar.runtime.labels import unmixed
 from arinar.schemes import QUANTIZED, SCHEMES
 
 from .collect import FP16_MAX, check_arguments, collect, open_session
@@ -45,7 +46,7 @@ FP16_MARGIN = 0.25
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a precision map: divergence per feature (mean, and of the worst one in a hundred), largest error of z."""
+    """Of a precision map: divergence per draw (mean, and of the worst one in a hundred), largest error of z."""
 
     kl: float
     kl_worst: float
@@ -112,7 +113,9 @@ class Evaluator:
                 # The buffer's part of the cache comes from the other graph, which may be quantised too.
                 prefill = sessions["outer_prefill"]
                 names = [output.name for output in prefill.get_outputs()]
-                made = dict(zip(names, prefill.run(names, {"labels": sample.labels}), strict=True))
+                known = {"labels": sample.labels, **unmixed(len(sample.labels))}
+                given = {value.name: known[value.name] for value in prefill.get_inputs()}
+                made = dict(zip(names, prefill.run(names, given), strict=True))
                 for name in names:
                     if name.startswith("present."):
                         past = name.replace("present", "past_key_values", 1)

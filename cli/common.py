@@ -81,8 +81,13 @@ SAMPLING = Options(
         type=click.Choice(["linear", "constant"]),
         help="How guidance grows over the steps. [default: the bundle's]",
     ),
-    click.option("--temperature", type=float, help="Multiplies the std of the mixture components. [default: the bundle's]"),
+    click.option("--temperature", type=float, help="Multiplies the std of the draws. [default: the bundle's]"),
     click.option("--num-iter", type=int, help="Outer steps, 1 to the number of tokens. [default: the bundle's]"),
+    click.option(
+        "--sampling-steps",
+        metavar="STEPS",
+        help="Of a diffusion head: 100, ddim25, or 25-5 for fewer in later outer steps. [default: the bundle's]",
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
 )
 

@@ -138,6 +138,7 @@ def parity(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--batch", "batches", default="1,4", show_default=True, type=Labels(), help="Batch sizes.")
 @click.option("--num-iter", "num_iters", type=Labels(), help="Numbers of outer steps. [default: the bundle's]")
+@click.option("--sampling-steps", metavar="STEPS", help="Of a diffusion head, e.g. 25. [default: the bundle's]")
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds; medians are reported.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write the numbers to this JSON file.")
@@ -149,6 +150,7 @@ def bench(
     bundle: Path,
     batches: list[int],
     num_iters: list[int] | None,
+    sampling_steps: str | None,
     guidance_scale: float | None,
     repeats: int,
     out: Path | None,
@@ -177,6 +179,7 @@ def bench(
         pipeline,
         batches=batches,
         num_iters=num_iters,
+        sampling_steps=sampling_steps,
         guidance_scale=guidance_scale,
         repeats=repeats,
         progress=quiet if as_json else say,

@@ -9,9 +9,10 @@ from arinar.config import ArinarConfig
 from arinar.model import Arinar, CausalArinar
 from arinar.outer import MaskedOuter
 from arinar.runtime.bundle import TensorInfo
+from arinar.runtime.labels import MOST_CLASSES
 from arinar.vae import AutoencoderKL
 
-from . import gmm_head
+from . import diffusion_head, gmm_head
 from .spec import GraphSpec, cache_tensors, tensor
 from .steps import (
     CausalPrefill,
@@ -28,9 +29,9 @@ from .trace import DEFAULT_OPSET
 # From here on ONNX has an operator that writes a row into a cache (TensorScatter).
 IN_PLACE_OPSET = 24
 
-#: Head, as the config names it -> the module with its graphs. Each has LAW, COMPOSED, float32_islands, specs, composed_spec,
-#: in_float16, reference and compose, as `gmm_head` documents them.
-HEADS: dict[str, ModuleType] = {"gmm": gmm_head}
+#: Head, as the config names it -> the module with its graphs. Each has LAW, COMPOSED, float32_islands and specs, as `gmm_head`
+#: documents them, and, where it composes graphs, composed_spec, in_float16, reference and compose.
+HEADS: dict[str, ModuleType] = {"gmm": gmm_head, "diffusion": diffusion_head}
 
 
 def graph_specs(
@@ -62,9 +63,10 @@ def _masked_outer(outer: MaskedOuter) -> list[GraphSpec]:
                 tensor("visible_tokens", ("V", "B", config.token_dim)),
                 *(tensor(name, (axis, "B"), "int64") for name, axis in zip(positions, "VPU", strict=True)),
                 tensor("labels", ("G", "B"), "int64"),
+                *_mixed("G", "B"),
             ),
             (tensor("z", ("G*P*B", config.z_width)),),
-            dict.fromkeys(positions, (0, length)) | {"labels": (-1, config.num_classes)},
+            dict.fromkeys(positions, (0, length)) | _classes(config),
             # The first step (nothing visible), the last (nothing hidden), one in the middle.
             (
                 {"V": 0, "B": 1, "P": 1, "U": length - 1, "G": 1},
@@ -74,6 +76,16 @@ def _masked_outer(outer: MaskedOuter) -> list[GraphSpec]:
             phase="outer",
         )
     ]
+
+
+def _mixed(*axes: str) -> tuple[TensorInfo, ...]:
+    """Further classes of an image, and their weights."""
+    shape: tuple[int | str, ...] = (MOST_CLASSES - 1, *axes)
+    return tensor("mixed_labels", shape, "int64"), tensor("mixed_weights", shape)
+
+
+def _classes(config: ArinarConfig) -> dict[str, tuple[int, int]]:
+    return {"labels": (-1, config.num_classes), "mixed_labels": (0, config.num_classes)}
 
 
 def _causal_outer(outer: CausalArinar, dtype: str, in_place: bool) -> list[GraphSpec]:
@@ -89,9 +101,9 @@ def _causal_outer(outer: CausalArinar, dtype: str, in_place: bool) -> list[Graph
         GraphSpec(
             "outer_prefill",
             CausalPrefill(outer),
-            (tensor("labels", ("N",), "int64"),),
+            (tensor("labels", ("N",), "int64"), *_mixed("N")),
             (z, *caches("present", config.buffer_size)),
-            {"labels": (-1, config.num_classes)},
+            _classes(config),
             ({"N": 1}, {"N": 2}, {"N": 6}),
             phase="outer",
         ),

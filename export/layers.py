@@ -27,15 +27,17 @@ from .onnx_edit import remove_unused, split_products
 Array = npt.NDArray[Any]
 
 INT8_MAX, FP8_MAX = 127.0, 448.0
-# A layer narrower than this on either side stays in float32: nothing to gain, and the token projection, the feature
-# projection and the mixture head are where rounding hurts most.
-MIN_WIDTH = 32
+# A layer narrower than this on either side stays in float32: nothing to gain, and the projections of tokens and features,
+# the mixture head (12 outputs) and the last layer of a diffusion head (32, whose errors the first sampling step multiplies
+# by hundreds) are where rounding hurts most.
+MIN_WIDTH = 33
 TINY = 1e-12  # keeps scales of all-zero channels positive
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantisable product: ``name`` is ``graph/label``, ``node`` the node in the graph, ``weight`` (K, N)."""
+    """One quantisable product: ``name`` is ``graph/label`` (of graphs that share the layer, the plain one), ``node`` the node
+    in the graph, ``weight`` (K, N)."""
 
     name: str
     node: str
@@ -112,6 +114,8 @@ class Graph:
     def __init__(self, model: ModelProto, folder: Path) -> None:
         self.model, self.folder = model, folder
         self.name = model.graph.name
+        # A step with guidance and one without have the same layers: they have one name, one range, one plan.
+        self.owner = self.name.removesuffix("_guided")
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self._producers = {output: node for node in model.graph.node for output in node.output}
         self.layers = self._find_layers()
@@ -142,10 +146,10 @@ class Graph:
                 label = following.removesuffix("proj") + "qkv"  # its bias is put together in the graph
             label = base = label or node.name
             number = 1
-            while f"{self.name}/{label}" in layers:
+            while f"{self.owner}/{label}" in layers:
                 number += 1
                 label = f"{base}#{number}"
-            name = f"{self.name}/{label}"
+            name = f"{self.owner}/{label}"
             layers[name] = Layer(name, node.name, node.input[0], node.output[0], weight, bias)
         return layers
 
@@ -158,8 +162,8 @@ class Graph:
         for name in names:
             for suffix in (".weight", ".bias"):
                 if name.endswith(suffix):
-                    return name.removesuffix(suffix).removeprefix("outer.").removeprefix("inner.")
-        # `inner_condition` joins the modulations of all blocks into one layer, a buffer called "weight".
+                    return name.removesuffix(suffix).removeprefix("outer.").removeprefix("inner.").removeprefix("net.")
+        # Step modules join the modulations of all blocks into one layer, a buffer called "weight".
         return "modulation" if "weight" in names else None
 
     def _roots(self, name: str) -> list[str]:

@@ -319,7 +319,7 @@ def example_feed(bundle: Bundle, info: GraphInfo, rows: int = 3, seed: int = 0) 
         "N": 2 * rows if any("M" in tensor.shape for tensor in info.inputs) else rows,
     }
     positions = config.token_dim if info.phase == "head" else config.seq_len - 1
-    upper = {"labels": config.num_classes, "rows": 1, "position": positions}
+    upper = {"labels": config.num_classes, "mixed_labels": config.num_classes, "rows": 1, "position": positions}
     feed: dict[str, Array] = {}
     for tensor in info.inputs:
         shape = tuple(d if isinstance(d, int) else sizes[d] for d in tensor.shape)

@@ -6,7 +6,7 @@ between steps. Hence the (V, B, ...) layouts here, turned to batch first inside 
 
 Letters: B images, G guidance branches (1, or 2: conditional then unconditional), L tokens, V visible, P to predict
 now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K Gaussians, H heads, N rows. Those of
-the head are in a file of its own (`arinar.export.gmm_head`).
+the heads are in files of their own (`arinar.export.gmm_head`, `arinar.export.diffusion_head`).
 
 Half precision is written here, not left to a converter: weights and GEMMs run in the module's dtype, while norms,
 softmax, the mixture head and everything after it stay in float32.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ MASKED_SCORE = -3.0e4
 ArinarT = TypeVar("ArinarT", bound=Arinar)
 
 
-def half_precision(model: ArinarT, float32_islands: Callable[[nn.Module], Sequence[nn.Module]]) -> ArinarT:
+def half_precision(model: ArinarT, float32_islands: Callable[[Any], Sequence[nn.Module]]) -> ArinarT:
     """A float16 copy of a transformer; what its float32 islands hold (norms, those of the head) keeps its float32 values.
 
     Raises ValueError naming a weight that float16 cannot hold.
@@ -133,6 +133,16 @@ def class_rows(labels: Tensor, num_classes: int) -> Tensor:
     return torch.where(labels < 0, num_classes, labels)
 
 
+def class_vectors(table: Tensor, labels: Tensor, others: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """Rows of a class table (num_classes + 1, C), interpolated: labels (...) with -1 = unconditional, further classes and
+    their weights (M, ...) -> (..., C). With weights of 0 exactly the labels' rows, and without weights."""
+    rows = F.embedding(class_rows(labels, table.shape[0] - 1), table)
+    if others is None or weights is None:
+        return rows
+    first = wide(rows)
+    return (first + ((wide(F.embedding(others, table)) - first) * weights[..., None]).sum(0)).to(table.dtype)
+
+
 def split_heads(attn: Attention, qkv: Tensor) -> Sequence[Tensor]:
     """(N, S, j * C) -> j tensors (N, H, S, d)."""
     parts = qkv.shape[-1] // attn.proj.in_features
@@ -176,7 +186,7 @@ class MaskedStep(nn.Module):
     def __init__(self, outer: MaskedOuter) -> None:
         super().__init__()
         self.outer, config = outer, outer.config
-        self.buffer, self.num_classes = config.buffer_size, config.num_classes
+        self.buffer = config.buffer_size
         encoder_pos, decoder_pos = outer.encoder_pos_embed_learned[0], outer.decoder_pos_embed_learned[0]
         self.register_buffer("class_table", class_table(outer))
         self.register_buffer("encoder_pos_buffer", encoder_pos[: self.buffer].detach().clone())
@@ -200,16 +210,18 @@ class MaskedStep(nn.Module):
         target_positions: Tensor,
         hidden_positions: Tensor,
         labels: Tensor,
+        mixed_labels: Tensor | None = None,
+        mixed_weights: Tensor | None = None,
     ) -> Tensor:
-        """visible_tokens (V, B, D), the positions (V|P|U, B) int64, labels (G, B) int64 with -1 = unconditional
-        -> z (G * P * B, C) float32, conditional rows first."""
+        """visible_tokens (V, B, D), the positions (V|P|U, B) int64, labels (G, B) int64 with -1 = unconditional, further
+        classes of an image and their weights (M, G, B) -> z (G * P * B, C) float32, conditional rows first."""
         outer, buffer = self.outer, self.buffer
         branches, batch = labels.shape
         predicted = target_positions.shape[0]
 
         x = outer.z_proj(visible_tokens.to(self.encoder_pos.dtype)) + F.embedding(visible_positions, self.encoder_pos)
         x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)  # (GB, V, C)
-        prefix = F.embedding(class_rows(labels, self.num_classes), self.class_table).flatten(0, 1)  # (GB, C)
+        prefix = class_vectors(self.class_table, labels, mixed_labels, mixed_weights).flatten(0, 1)  # (GB, C)
         prefix = layer_norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)  # (GB, buffer, C)
         x = torch.cat([prefix, x], 1)  # (GB, buffer + V, C)
         for block in outer.encoder_blocks:
@@ -279,7 +291,7 @@ class CausalPrefill(nn.Module):
 
     def __init__(self, outer: CausalOuter) -> None:
         super().__init__()
-        self.outer, self.num_classes = outer, outer.config.num_classes
+        self.outer = outer
         self.register_buffer("class_table", class_table(outer))
         prefix = outer.encoder_pos_embed_learned[0, : outer.config.buffer_size].detach().clone()
         first = int(outer.order[0])
@@ -290,10 +302,13 @@ class CausalPrefill(nn.Module):
         future = torch.arange(size)[None] > torch.arange(size)[:, None]
         self.register_buffer("causal_bias", torch.where(future, MASKED_SCORE, 0.0))
 
-    def forward(self, labels: Tensor) -> tuple[Tensor, ...]:
-        """labels (N,) int64 -> z (N, C) float32, then per layer keys and values (N, H, buffer, d)."""
+    def forward(
+        self, labels: Tensor, mixed_labels: Tensor | None = None, mixed_weights: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """labels (N,) int64, further classes and their weights (M, N) -> z (N, C) float32, then per layer keys and values
+        (N, H, buffer, d)."""
         outer = self.outer
-        x = F.embedding(class_rows(labels, self.num_classes), self.class_table)[:, None] + self.prefix_pos
+        x = class_vectors(self.class_table, labels, mixed_labels, mixed_weights)[:, None] + self.prefix_pos
         x = layer_norm(x, outer.z_proj_ln)  # (N, buffer, C)
         rows: list[Tensor] = []
         for block in outer.decoder_blocks:

@@ -13,7 +13,7 @@ from typing import Any
 from arinar.reading import read_json
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
-from arinar.runtime.request import MOST_AT_A_TIME
+from arinar.runtime.request import MOST_AT_A_TIME, with_sampling_steps
 from arinar.runtime.values import entry, integer, items, mapping, number, text
 from arinar.schemes import SCHEMES
 
@@ -36,6 +36,7 @@ def bench(
     *,
     batches: Sequence[int] = (1, 4),
     num_iters: Sequence[int] | None = None,
+    sampling_steps: str | None = None,
     guidance_scale: float | None = None,
     repeats: int = 3,
     progress: Callable[[str], None] | None = None,
@@ -47,8 +48,9 @@ def bench(
     bandwidth, both with the pipeline's threads); peak memory of this process; cold start of a fresh one.
     """
     say = progress or (lambda line: None)
-    config, manifest = pipeline.config, pipeline.bundle.manifest
-    asked = [pipeline.resolve([0], guidance_scale=guidance_scale, num_iter=n) for n in (num_iters or (None,))]
+    config, manifest = with_sampling_steps(pipeline.config, sampling_steps), pipeline.bundle.manifest
+    chosen: dict[str, Any] = {"sampling_steps": sampling_steps}
+    asked = [pipeline.resolve([0], guidance_scale=guidance_scale, num_iter=n, **chosen) for n in (num_iters or (None,))]
     scale, iters = float(asked[0].guidance_scale[0]), [sampling.num_iter for sampling in asked]
     for batch in batches:
         integer("batch", batch, 1, MOST_AT_A_TIME)
@@ -62,7 +64,8 @@ def bench(
     for repeat in range(-1, repeats):  # the first round warms up
         for batch, num_iter in settings:
             labels = [i % config.num_classes for i in range(batch)]
-            made = pipeline.generate(labels, guidance_scale=scale, num_iter=num_iter, seed=max(repeat, 0), batch_size=batch)
+            how: dict[str, Any] = {"guidance_scale": scale, "num_iter": num_iter, "batch_size": batch, **chosen}
+            made = pipeline.generate(labels, seed=max(repeat, 0), **how)
             if repeat >= 0:
                 runs[batch, num_iter].append({name: seconds / batch for name, seconds in made.timings.items()})
             say(f"batch {batch}, {num_iter} steps: {made.timings['total'] / batch:.3g} s per image")
@@ -84,6 +87,7 @@ def bench(
         "backend": pipeline.backend.name,
         "precision": pipeline.precision,
         "guidance_scale": scale,
+        **({} if asked[0].sampling_steps is None else {"sampling_steps": asked[0].sampling_steps}),
         "threads": threads,
         "low_memory": low_memory,
         "repeats": repeats,

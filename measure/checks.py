@@ -42,9 +42,9 @@ class Thresholds:
     sampled_graph: float = 5e-3  # graphs that end in a draw: a small error may be steep in the tails
     token: float = 2e-4  # graphs that draw a whole token, one feature from another: for three in four features
     z: float = 1e-4
-    mixture: float = 1e-4
-    absolute: float = 1e-4  # of z and the mixtures' parameters
-    kl: float = 1e-5  # of the worst mixture
+    mixture: float = 1e-4  # of the parameters of a draw's law
+    absolute: float = 1e-4  # of z and those parameters
+    kl: float = 1e-5  # of the worst draw
     mean_kl: float = 1e-7
     # Share of drawn features that both sides' mixtures ascribe to the same component: of the same tokens (level 2), and
     # each side of its own (level 3).
@@ -202,7 +202,7 @@ class ParityReport:
     # "z", the parts of the law, "kl": largest; "z mean", ...: mean.
     curves: dict[str, list[float]] = field(default_factory=dict)
     images: dict[str, Array] = field(default_factory=dict)
-    # (step, feature) tables: largest and mean error of each part of the law ("mu", "mu mean"), mean divergence ("kl").
+    # (outer step, draw) tables: largest and mean error of each part of the law ("mu", "mu mean"), mean divergence ("kl").
     tables: dict[str, list[list[float]]] = field(default_factory=dict)
     # Name -> counts per bin.
     histograms: dict[str, list[int]] = field(default_factory=dict)
@@ -214,6 +214,8 @@ class ParityReport:
     scheme: str = "fp32"
     # Names of the parts of the law, and what each is.
     parts: dict[str, str] = field(default_factory=dict)
+    # What is drawn at one time (`arinar.law.Law`).
+    draw: str = "feature"
     # Of float32 against float64, where that was run: "curves", "tables", "histograms", as above.
     control: dict[str, dict[str, Any]] = field(default_factory=dict)
 

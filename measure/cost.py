@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from arinar.config import ArinarConfig, VaeConfig
+from arinar.diffusion_schedule import most_steps
 from arinar.schedule import Step, steps
 
 
@@ -42,7 +43,7 @@ class Cost:
     def weight_bytes(self, bytes_per_weight: float, *, batch: int = 1, vae_bytes: float = 4) -> float:
         """Bytes of weights read for one image when ``batch`` are generated at a time (the VAE decodes them singly).
 
-        The least possible: every pass reads each weight once, although the features of a token pass over the inner
+        The least possible: every pass reads each weight once, although the draws of a token pass over the head's
         weights one after the other, and rows that a backend launches apart over all. A causal model's cache is not counted.
         """
         transformers = self.passes * (self.outer_weights + self.inner_weights) * bytes_per_weight
@@ -141,6 +142,22 @@ def gmm_parameters(config: ArinarConfig) -> int:
     return _conditioning_parameters(config) + blocks + width * (1 + 3 * config.num_gaussians)
 
 
+def _diffusion_token(config: ArinarConfig) -> tuple[float, float]:
+    """As `_gmm_token`, of a diffusion head: the conditioning once, the rest at each sampling step; it has no attention. Of
+    steps that grow fewer over the outer ones, the largest number counts."""
+    conditioning = config.z_width * config.inner_width
+    step = diffusion_parameters(config) - conditioning
+    return float(2 * conditioning + 2 * most_steps(config.sampling_steps) * step), 0.0
+
+
+def diffusion_parameters(config: ArinarConfig) -> int:
+    """As `outer_parameters`, of the diffusion head: a block's two matrices and three modulations, the last layer's two and
+    its outputs; timesteps are a table."""
+    width, features = config.inner_width, config.token_dim
+    blocks = (5 * config.inner_depth + 2) * width**2
+    return config.z_width * width + features * width + blocks + 2 * features * width
+
+
 class HeadCost(NamedTuple):
     """Of a head: operations of one token in one branch, with weights and of attention; weights of its products."""
 
@@ -149,7 +166,7 @@ class HeadCost(NamedTuple):
 
 
 #: By `config.head`.
-HEADS = {"gmm": HeadCost(_gmm_token, gmm_parameters)}
+HEADS = {"gmm": HeadCost(_gmm_token, gmm_parameters), "diffusion": HeadCost(_diffusion_token, diffusion_parameters)}
 
 
 def decoder_operations(vae: VaeConfig, side: int) -> float:

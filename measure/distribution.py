@@ -20,6 +20,7 @@ import torch
 from arinar.model import Arinar, decode_images
 from arinar.runtime.noise import Noise
 from arinar.runtime.pipeline import Pipeline
+from arinar.runtime.request import with_sampling_steps
 from arinar.sampler import sample
 from arinar.vae import AutoencoderKL
 
@@ -78,10 +79,12 @@ def check_samples(count: int) -> None:
 def make_references(
     model: Arinar, vae: AutoencoderKL, count: int, settings: dict[str, Any], progress: Callable[[str], None] | None = None
 ) -> References:
-    """PyTorch's two sets of ``count`` images, all classes in turn. ``settings``: guidance_scale, cfg_schedule,
-    temperature, num_iter, seed. Raises ValueError for too few."""
+    """PyTorch's two sets of ``count`` images, all classes in turn. ``settings``: the sampling arguments and ``seed``.
+    Raises ValueError for too few."""
     check_samples(count)
     config = model.config
+    how = {name: value for name, value in settings.items() if name not in ("labels", "seed")}
+    chosen = with_sampling_steps(config, how.get("sampling_steps"))
     labels = [i % config.num_classes for i in range(count)]
     sets = []
     for seed in (settings["seed"], settings["seed"] + 1):
@@ -91,11 +94,8 @@ def make_references(
             tokens = sample(
                 model,
                 torch.tensor(labels[first : rows.stop]),
-                guidance_scale=settings["guidance_scale"],
-                cfg_schedule=settings["cfg_schedule"],
-                temperature=settings["temperature"],
-                num_iter=settings["num_iter"],
-                noise=Noise.from_seed(seed, rows, config),
+                **how,
+                noise=Noise.from_seed(seed, rows, chosen),
             )
             images.append(decode_images(vae, tokens, config).numpy())
             if progress:
@@ -118,14 +118,7 @@ def compare(
     """
     settings, config = references.settings, pipeline.config
     measure = measure or open_measure(features, stats, config)
-    made = pipeline.generate(
-        references.labels,
-        guidance_scale=settings["guidance_scale"],
-        cfg_schedule=settings["cfg_schedule"],
-        temperature=settings["temperature"],
-        num_iter=settings["num_iter"],
-        seed=settings["seed"],
-    )
+    made = pipeline.generate(references.labels, **{name: value for name, value in settings.items() if name != "labels"})
     deployed = np.stack([np.asarray(image) for image in made.images])
     first, second, ours = (
         check_features(measure.extract(images), len(images), measure.name)

@@ -1,8 +1,8 @@
 """Is the deployed model still the trained one? Levels of comparison, each with numbers and thresholds in sight.
 
 1. *per graph*: same inputs, the step module in PyTorch against the graph on a backend;
-2. *teacher-forced*: the reference's tokens are forced at every step, so that errors do not compound; z, mixture
-   parameters and the divergence between the mixtures, step by step, with chained state (caches) on both sides;
+2. *teacher-forced*: the reference's tokens are forced at every step, so that errors do not compound; z, the parameters
+   of every draw's law and the divergence between the laws, step by step, with chained state (caches) on both sides;
 3. *free-running*: both generate from the same noise; where they part, how often they pick the same component, and how
    far the images are apart; the same of an edit, half of whose tokens are given, where that is asked for;
 4. *distribution* (`arinar.measure.distribution`): many images of each.
@@ -72,12 +72,7 @@ def run_parity(
     model: Arinar,
     vae: AutoencoderKL,
     *,
-    labels: Sequence[int],
-    guidance_scale: float | None = None,
-    num_iter: int | None = None,
-    temperature: float | None = None,
-    cfg_schedule: str | None = None,
-    seed: int = 0,
+    labels: Sequence[int | Mapping[int, float]],
     thresholds: Thresholds | None = None,
     distribution: int = 0,
     features: str | Features = "builtin",
@@ -86,12 +81,14 @@ def run_parity(
     control: bool = False,
     edit: bool = False,
     progress: Callable[[str], None] | None = None,
+    **arguments: Any,
 ) -> ParityReport:
     """Compare a loaded bundle with the PyTorch model that it should be.
 
-    ``num_iter``: of masked models. ``distribution`` > 0 adds the fourth level with so many samples of each; ``features``
-    and ``fid_stats`` as for `arinar.measure.distribution.compare`. ``thresholds``: default those of ``THRESHOLDS`` for
-    the bundle's precision. ``reference``: what the report is to say about the checkpoint (its file, hash, ...).
+    ``arguments``: of sampling, as for `Pipeline.generate`. ``distribution`` > 0 adds the fourth level with so many samples
+    of each; ``features`` and ``fid_stats`` as for `arinar.measure.distribution.compare`. ``thresholds``: default those of
+    ``THRESHOLDS`` for the bundle's precision. ``reference``: what the report is to say about the checkpoint (its file, hash,
+    ...).
     ``control``: compute the control even where levels 2 and 3 keep their limits; it takes several times as long as the
     reference. ``edit``: at level 3 also keep half of the reference's tokens, and let both generate the rest anew.
 
@@ -102,21 +99,16 @@ def run_parity(
     check_same(pipeline, model, vae)
     scheme = pipeline.bundle.manifest.scheme(pipeline.precision)
     thresholds = thresholds or THRESHOLDS[scheme]
-    sampling = pipeline.resolve(
-        list(labels),
-        guidance_scale=guidance_scale,
-        num_iter=None if model.config.outer == "causal" else num_iter,
-        temperature=temperature,
-        cfg_schedule=cfg_schedule,
-        seed=seed,
-    )
-    settings = {"labels": sampling.labels.tolist(), **sampling.settings(), "seed": seed}
+    sampling = pipeline.resolve(list(labels), **arguments)
+    settings = {"labels": sampling.classes.shown(), **sampling.settings(), "seed": sampling.seed}
     measure = None
     if distribution:
+        if sampling.classes.weights is not None:
+            raise ValueError("labels has images of several classes; distributions are compared of images of one class each")
         check_samples(distribution)
         measure = open_measure(features, fid_stats, model.config)
-    titles, precision = law_of(model.config).titles, pipeline.precision
-    report = ParityReport(precision, pipeline.backend.name, settings, scheme=scheme, parts=titles, thresholds=thresholds)
+    report = ParityReport(pipeline.precision, pipeline.backend.name, settings, scheme=scheme, thresholds=thresholds)
+    report.parts, report.draw = law_of(model.config).titles, law_of(model.config).draw
     report.provenance = provenance(pipeline, model, vae, reference)
     if report.provenance["exported from these weights"] == "no":
         report.notes.append("the bundle was exported from other weights than those it is compared with here")
@@ -167,7 +159,7 @@ def _by_sample(
 
     def generate(model: Arinar, forced: torch.Tensor | None = None, known: Known | None = None) -> Run:
         records = list[StepRecord]()
-        labels, law = torch.from_numpy(sampling.labels), pipeline.bundle.manifest.law
+        labels, law = sampling.classes.shown(), pipeline.bundle.manifest.law
         how: dict[str, Any] = {"noise": batch.noise, "record": records.append, "law": law, "forced": forced, "known": known}
         return Run(sample(model, labels, **sampling.settings(), **how), records)
 
@@ -453,14 +445,14 @@ class Curves:
         overall = Check("teacher-forced", "absolute error", float(np.max(self.absolute)), absolute, note=note)
         note, limit = f"of {self.drawn} drawn features", thresholds.same_component
         same = Check("teacher-forced", "same component", self.agreed, limit, True, note)
-        mean_kl = Check("teacher-forced", "mean kl", self.mean_kl, thresholds.mean_kl, note="nats per feature")
+        mean_kl = Check("teacher-forced", "mean kl", self.mean_kl, thresholds.mean_kl, note=f"nats per {self.law.draw}")
         if control is not None:
             largest = float(np.max(control.absolute))
             overall = overall.beside(largest, most(thresholds.absolute, largest), "absolute" in held)
             same = same.beside(control.agreed, least(control.agreed), "same_component" in held)
             allowed = most(thresholds.mean_kl, control.mean_kl, KL_FACTOR)
             mean_kl = mean_kl.beside(control.mean_kl, allowed, "mean_kl" in held)
-        return [*found, overall, same, mean_kl]
+        return [*found, overall, *([same] if self.picks.shape[1] > 1 else []), mean_kl]
 
     def _check(self, name: str, thresholds: Thresholds, control: Curves | None, held: Sequence[str]) -> Check:
         """Of a curve: every step has its own limit, and the worst of them is told."""
@@ -474,12 +466,12 @@ class Curves:
         own = np.array(curve) <= limit
         worst = int(np.argmax(curve if own.all() else np.where(own, -1.0, beyond)))
         over = next((i for i, value in enumerate(curve) if not value <= limits[i]), None)
-        unit = " nats per feature" if name == "kl" else ""
+        unit = f" nats per {self.law.draw}" if name == "kl" else ""
         note = f"worst at step {worst}, mean {np.mean(self.curves[f'{name} mean']):.2g}{unit}"
         note += "" if over is None else f"; first beyond the limit at step {over}"
         where = ""
         if over is not None and name in self.law.parts:
-            where = f"feature {int(np.argmax(self.tables[name][over]))}"
+            where = f"{self.law.draw} {int(np.argmax(self.tables[name][over]))}"
         check = Check("teacher-forced", name, curve[worst], limit, note=note, step=over, where=where)
         return check if control is None else check.beside(control.curves[name][worst], limits[worst])
 
@@ -579,6 +571,8 @@ class Parting:
         if control is not None:
             found = control.beside(found, held)
         steps = {"images within 1 grey level": began, "same picks": over}
+        if self.picks.shape[1] == 1:  # there is nothing to pick
+            found = [check for check in found if check.name != "same picks"]
         return [check if check.passed else replace(check, step=steps.get(check.name)) for check in found]
 
     def beside(self, found: Sequence[Check], held: Sequence[str]) -> list[Check]:

@@ -42,8 +42,8 @@ TITLES = {
 }
 # Names of checks in full; others are shown as they are.
 CHECKS = {
-    "kl": "KL divergence: worst mixture",
-    "mean kl": "KL divergence: mean of all mixtures",
+    "kl": "KL divergence: worst draw",
+    "mean kl": "KL divergence: mean of all draws",
     "absolute error": "largest absolute error",
     "MMD, p-value": "mean discrepancy (MMD): p-value",
     "the same, with equal noise": "the same, made from equal noise",
@@ -163,7 +163,7 @@ def _checks(checks: Sequence[Check], report: ParityReport) -> str:
         word = "<span class='ok'>ok</span>" if check.passed else "<span class='bad'>FAIL</span>"
         word = "" if check.limit is None else word
         row = "<tr>" if check.passed else "<tr class='failed'>"
-        said = check.name.replace(check.quantity, names.get(check.quantity, check.quantity))
+        said = check.name.removesuffix(check.quantity) + names.get(check.quantity, check.quantity)
         rows.append(
             f"{row}<td>{escaped(said)}</td>"
             f"<td class='number'>{_number(check, check.value)}</td><td class='number'>{_limit(check)}</td>"
@@ -187,21 +187,21 @@ def _teacher_forced_plots(report: ParityReport) -> str:
         reduce = np.mean if kind else np.max
         by_feature = {name: reduce(tables[f"{name}{kind}"], 0).tolist() for name in report.parts if tables.get(f"{name}{kind}")}
         if by_feature:
-            title = f"{what} error at each feature of a token (z has none)"
+            title = f"{what} error at each {report.draw} of a token (z has none)"
             shown = report.control.get("tables", {})
             beside = {name: reduce(shown[f"{name}{kind}"], 0).tolist() for name in by_feature if shown}
-            plots.append(_error_plot(names, by_feature, title, "feature", limits if not kind else None, beside))
+            plots.append(_error_plot(names, by_feature, title, report.draw, limits if not kind else None, beside))
     for name in report.parts:
         if tables.get(name):
-            plots.append(heat_map(np.array(tables[name]), f"Largest relative error: {names[name]}", "feature", "outer step"))
+            plots.append(heat_map(np.array(tables[name]), f"Largest relative error: {names[name]}", report.draw, "outer step"))
     if tables.get("kl"):
-        plots.append(heat_map(np.array(tables["kl"]), "Mean KL divergence of the mixtures, nats", "feature", "outer step"))
+        plots.append(heat_map(np.array(tables["kl"]), "Mean KL divergence of the draws, nats", report.draw, "outer step"))
     if curves.get("kl"):
-        series = {"worst mixture": curves["kl"]} | ({"mean": curves["kl mean"]} if curves.get("kl mean") else {})
-        shown = {} if limits is None else {"limit of the worst mixture": limits.kl, "limit of the mean": limits.mean_kl}
-        title = "KL divergence of the mixtures at each outer step"
-        beside = {"worst mixture": control["kl"], "mean": control["kl mean"]} if control else {}
-        plots.append(line_plot(series, title, "outer step", "nats per feature", limits=shown, beside=beside))
+        series = {"worst draw": curves["kl"]} | ({"mean": curves["kl mean"]} if curves.get("kl mean") else {})
+        shown = {} if limits is None else {"limit of the worst draw": limits.kl, "limit of the mean": limits.mean_kl}
+        title = "KL divergence of the draws at each outer step"
+        beside = {"worst draw": control["kl"], "mean": control["kl mean"]} if control else {}
+        plots.append(line_plot(series, title, "outer step", f"nats per {report.draw}", limits=shown, beside=beside))
     picks = _picks(report, "", "Component that most probably drew each of PyTorch's features")
     if not any(curves.values()):
         return ""
@@ -236,7 +236,11 @@ def _error_plot(
 def _picks(report: ParityReport, prefix: str, title: str) -> str:
     sides = {"PyTorch": f"{prefix}reference", "deployed": f"{prefix}deployed"}
     counts = {name: report.histograms[key] for name, key in sides.items() if key in report.histograms}
-    return bar_plot(counts, title, "component", "features") if any(map(any, counts.values())) else ""
+    return (
+        bar_plot(counts, title, "component", "features")
+        if any(len(values) > 1 and any(values) for values in counts.values())
+        else ""
+    )
 
 
 def _free_running_plots(report: ParityReport) -> str:
@@ -259,7 +263,7 @@ def _free_running_plots(report: ParityReport) -> str:
     said = f"An image parts where a feature of a token differs by more than {PARTED:g} of the largest value of all tokens."
     said += "" if any(parted) else " None does, at any step."
     if report.thresholds is not None and not report.thresholds.same_images:
-        said += " With fewer bits every token moves a little: what is limited are the picks, and the law of many images."
+        said += " With fewer bits every token moves a little: what is limited is the law of each draw, and that of many images."
     return f"<p>{said}</p><div class='plots'>{''.join(plots)}</div>"
 
 

@@ -147,3 +147,19 @@ def to_tokens(latents: npt.NDArray[np.float32], config: ArinarConfig) -> npt.NDA
     grid, patch = config.grid_size, config.patch_size
     normal = ((latents - shift) * scale).reshape(-1, config.vae_embed_dim, grid, patch, grid, patch)
     return np.ascontiguousarray(normal.transpose(0, 2, 4, 1, 3, 5).reshape(len(latents), grid * grid, -1), np.float32)
+
+
+__all__ = [
+    "MID_GREY",
+    "Mask",
+    "Pixels",
+    "as_mask",
+    "as_pixels",
+    "box_mask",
+    "check_size",
+    "hide",
+    "paste_back",
+    "per_image",
+    "to_tokens",
+    "token_mask",
+]

@@ -37,7 +37,7 @@ class Edits:
         paste: bool = True,
         **sampling: Any,
     ) -> None:
-        self.pipeline, self.paths, self.anew = pipeline, list(paths), anew
+        self.pipeline, self.labels, self.paths, self.anew = pipeline, labels, list(paths), anew
         self.sampling = pipeline.resolve(labels, **sampling)
         self.arguments = sampling | {"grow": grow, "paste": paste}
         self.pixels = as_pixels(picture, pipeline.config.img_size, resize=True)
@@ -63,7 +63,7 @@ class Edits:
 
         for first in range(0, len(self.paths), self.sampling.size):
             rows = range(len(self.paths))[first : first + self.sampling.size]
-            labels = self.sampling.labels[rows.start : rows.stop]
+            labels = self.labels[rows.start : rows.stop]
             made = self.pipeline.edit(self.pixels, self.anew, labels, indices=list(rows), callback=step, **self.arguments)
             save_all((image, self.paths[row], self.metadata[row]) for row, image in zip(rows, made.images, strict=True))
             for phase, seconds in made.timings.items():

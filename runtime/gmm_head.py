@@ -6,7 +6,7 @@ Letters as in `arinar.export.steps`, and N = G * P * B rows, conditional ones fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,6 @@ class GmmHead:
     )
 
     def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, mode: str) -> None:
-        if mode not in self.MODES:
-            raise ValueError(f"inner is {mode!r}; choose one of {', '.join(self.MODES)}")
         self.backend, self.infos, self.config, self.mode = backend, graphs, config, mode
 
     @staticmethod
@@ -75,7 +73,10 @@ class GmmHead:
     def prepare(self, guided: bool, batch: int) -> None:
         self.backend.prepare(*self.graphs(guided), rows=batch if self.mode == "fused" else None)
 
-    def allocate(self, state: State) -> GmmBuffers:
+    def shape(self, batch: Batch) -> Hashable:
+        return None
+
+    def allocate(self, state: State, batch: Batch) -> GmmBuffers:
         config, size = self.config, law_of(self.config).size(self.config)
         if self.mode == "fused":
             shape: tuple[int, ...] = (config.seq_len, state.batch, config.token_dim, size)

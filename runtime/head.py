@@ -6,7 +6,7 @@ A head is: condition once, then draws one after another until the token is whole
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
 from arinar.config import ArinarConfig
@@ -17,11 +17,16 @@ from .request import Batch
 from .state import State
 
 #: Name in the config -> module of this package and class.
-HEADS: dict[str, tuple[str, str]] = {"gmm": ("gmm_head", "GmmHead")}
+HEADS: dict[str, tuple[str, str]] = {
+    "gmm": ("gmm_head", "GmmHead"),
+    "diffusion": ("diffusion_head", "DiffusionHead"),
+}
 
 
 class Head(Protocol):
-    """Made with (backend, graphs, config, mode); ``mode`` is one of the head's MODES."""
+    """Made with (backend, graphs, config, mode); ``mode`` is one of the head's MODES, the first unless told."""
+
+    MODES: tuple[str, ...]
 
     @staticmethod
     def unread(graph: str, inputs: Mapping[str, Array]) -> set[str]:
@@ -33,8 +38,11 @@ class Head(Protocol):
     def prepare(self, guided: bool, batch: int) -> None:
         """Load them."""
 
-    def allocate(self, state: State) -> Any:
-        """Buffers of the head's own, for the state's numbers of images, branches and tokens a step."""
+    def shape(self, batch: Batch) -> Hashable:
+        """What the head's buffers and launches depend on besides the numbers of images, branches and tokens a step."""
+
+    def allocate(self, state: State, batch: Batch) -> Any:
+        """Buffers of the head's own, for micro-batches of the state's numbers and this one's shape."""
 
     def fill(self, state: State, batch: Batch) -> None:
         """Upload what a micro-batch's draws need."""

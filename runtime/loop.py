@@ -13,11 +13,12 @@ import numpy as np
 
 from arinar.config import ArinarConfig
 from arinar.schedule import Step
+from arinar.text import shown
 
 from .backends.base import Array, Backend
 from .bundle import BundleError, GraphInfo
 from .head import Head, head_class
-from .outer import OUTERS, Outer, branch_labels, check_interface
+from .outer import OUTERS, Outer, check_interface
 from .request import Batch
 from .state import State, allocate
 
@@ -50,7 +51,7 @@ class Walked(NamedTuple):
 class Loop:
     """Generates micro-batches with one bundle on one backend.
 
-    inner : how the head generates a token, one of its MODES.
+    inner : how the head generates a token, one of its MODES; None: the first.
     keep_first_step : whether z of a first step, where no token is visible, is computed once per label. None: where the
         backend computes as it is told (on a GPU it would save a sixty-fourth of a recorded sequence). False where every
         launch is to be seen.
@@ -61,15 +62,18 @@ class Loop:
         backend: Backend,
         graphs: Mapping[str, GraphInfo],
         config: ArinarConfig,
-        inner: str = "fused",
+        inner: str | None = None,
         *,
         keep_first_step: bool | None = None,
     ) -> None:
         check_graphs(graphs, config)
-        self.backend, self.config, self.inner = backend, config, inner
+        head = head_class(config)
+        if inner is not None and inner not in head.MODES:
+            raise ValueError(f"inner is {shown(inner)}; choose one of {', '.join(head.MODES)}")
+        self.backend, self.config, self.inner = backend, config, inner or head.MODES[0]
         keep = backend.synchronous if keep_first_step is None else keep_first_step
         self.outer: Outer = OUTERS[config.outer](backend, graphs, config, keep)
-        self.head: Head = head_class(config)(backend, graphs, config, inner)
+        self.head: Head = head(backend, graphs, config, self.inner)
         self._idle: list[State] = []  # the most recently used last
         self._owners = itertools.count()
 
@@ -157,7 +161,13 @@ class Loop:
         write, length = self.backend.write, self.config.seq_len
         write(state.order, batch.noise.order.T)
         write(state.ranks, np.argsort(batch.noise.order, 1))
-        write(state.labels, branch_labels(batch))
+        labels, others, weights = batch.classes.branches(state.branches)
+        write(state.labels, labels)
+        mixed = batch.classes.weights is not None
+        if mixed or state.mixed:  # else the weights are zeros, and stay so
+            write(state.mixed_labels, others)
+            write(state.mixed_weights, weights)
+        state.mixed = mixed
         write(state.guidance, batch.guidance_rows(length))
         write(state.temperature, batch.temperature_rows(length))
         self.backend.clear(state.tokens)  # not the previous micro-batch's
@@ -178,7 +188,9 @@ class Loop:
             with self._timed(seconds, "inner"):
                 self.head.draw(state, step, z)
 
-        self.backend.execute(state.owner, (step.index == 0, step.masked, step.remaining), launches)
+        # Where the head draws otherwise from step to step, plans with and without known tokens may have one at another place.
+        index = step.index if isinstance(state.drawing, tuple) else min(step.index, 1)
+        self.backend.execute(state.owner, (index, step.masked, step.remaining), launches)
 
     @contextmanager
     def state(self, batch: Batch) -> Iterator[State]:
@@ -186,8 +198,8 @@ class Loop:
         # Rounded up, so that plans of about as many steps share them.
         most = max((step.count for step in batch.plan), default=0)
         count = min(self.config.seq_len, 1 << (most - 1).bit_length()) if most else 0
-        shape = (len(batch), batch.branches, count)
-        state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count) == shape), None)
+        shape = (len(batch), batch.branches, count, self.head.shape(batch) if count else None)
+        state = next((s for s in reversed(self._idle) if (s.batch, s.branches, s.count, s.drawing) == shape), None)
         if state is not None:
             self._idle.remove(state)
         while len(self._idle) >= KEPT_STATES:
@@ -195,7 +207,7 @@ class Loop:
         if state is None:
             state = allocate(self.backend, self.config, next(self._owners), *shape)
             if count:
-                state.outer, state.head = self.outer.allocate(state), self.head.allocate(state)
+                state.outer, state.head = self.outer.allocate(state), self.head.allocate(state, batch)
         try:
             yield state
         finally:

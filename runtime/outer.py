@@ -14,9 +14,13 @@ from arinar.schedule import Step
 from .backends.base import Array, Backend, Rows
 from .bundle import BundleError, GraphInfo
 from .cache import KVCache
+from .labels import MOST_CLASSES
 from .request import Batch
 from .state import State
 
+#: Inputs for further classes of an image, and what kept results are named by.
+MIXED = ("mixed_labels", "mixed_weights")
+Key = tuple[int, tuple[int, ...], tuple[float, ...]]
 # Labels whose z of the first step is kept: (L, C) float32 each, 0.8 MB at the published size.
 KEPT_LABELS = 32
 
@@ -47,12 +51,13 @@ class MaskedOuter:
     GRAPHS = ("outer_step",)
     INPUTS = ("visible_tokens", "visible_positions", "target_positions", "hidden_positions", "labels")
     # Axes of images, and of guidance branches.
-    IMAGES: ClassVar = {**dict.fromkeys(INPUTS, 1), "z": 2}
-    BRANCHES: ClassVar = {"labels": 0, "z": 0}
+    IMAGES: ClassVar = {**dict.fromkeys(INPUTS, 1), **dict.fromkeys(MIXED, 2), "z": 2}
+    BRANCHES: ClassVar = {"labels": 0, **dict.fromkeys(MIXED, 1), "z": 0}
 
     def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, keep_first_step: bool) -> None:
         self.backend, self.config, self.keep_first_step = backend, config, keep_first_step
-        self.first: dict[int, Array] = {}  # label -> z (L, C), the most recently used last
+        self.mixes = takes_mixed(graphs["outer_step"])
+        self.first: dict[Key, Array] = {}  # classes -> z (L, C), the most recently used last
 
     def prepare(self, batch: int, branches: int) -> None:
         self.backend.prepare("outer_step", rows=batch * branches)
@@ -61,12 +66,12 @@ class MaskedOuter:
         return None
 
     def fill(self, state: State, batch: Batch) -> None:
+        check_mixed(batch, self.mixes)
         if self._kept(step := batch.plan[0]):
-            labels, targets = branch_labels(batch), batch.noise.order.T[step.remaining :]  # (G, B), (P, B)
-            known = self._first_z(list(dict.fromkeys(labels.flatten().tolist())))
-            z = np.stack(
-                [np.stack([known[int(label)][targets[:, image]] for image, label in enumerate(row)], 1) for row in labels]
-            )
+            targets = batch.noise.order.T[step.remaining :]  # (P, B)
+            keys = keys_of(batch)
+            known = self._first_z(list(dict.fromkeys(key for row in keys for key in row)))
+            z = np.stack([np.stack([known[key][targets[:, image]] for image, key in enumerate(row)], 1) for row in keys])
             self.backend.write(self._z(state, step), z)
 
     def step(self, state: State, step: Step) -> Any:
@@ -79,6 +84,8 @@ class MaskedOuter:
                 "hidden_positions": state.order[: step.remaining],
                 "labels": state.labels,
             }
+            if self.mixes:
+                inputs |= {"mixed_labels": state.mixed_labels, "mixed_weights": state.mixed_weights}
             self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, self.BRANCHES))
         return z
 
@@ -89,10 +96,10 @@ class MaskedOuter:
         rows = state.branches * step.count * state.batch
         return state.z[:rows].reshape(state.branches, step.count, state.batch, self.config.z_width)
 
-    def _first_z(self, labels: list[int]) -> dict[int, Array]:
-        """z (L, C) of the first step by label; every label is computed as if it were alone."""
-        length, missing = self.config.seq_len, [label for label in labels if label not in self.first]
-        known = {label: self.first.pop(label) for label in labels if label not in missing}
+    def _first_z(self, keys: list[Key]) -> dict[Key, Array]:
+        """z (L, C) of the first step by class, or classes; each is computed as if it were alone."""
+        length, missing = self.config.seq_len, [key for key in keys if key not in self.first]
+        known = {key: self.first.pop(key) for key in keys if key not in missing}
         if missing:
             count, upload = len(missing), self.backend.upload
             nothing = upload(np.empty((0, count), np.int64))
@@ -102,14 +109,17 @@ class MaskedOuter:
                 "visible_positions": nothing,
                 "target_positions": upload(np.repeat(np.arange(length)[:, None], count, 1)),
                 "hidden_positions": nothing,
-                "labels": upload(np.array([missing], np.int64)),
+                "labels": upload(np.array([[key[0] for key in missing]], np.int64)),
             }
+            if self.mixes:  # (count, places) -> (places, 1, count)
+                inputs["mixed_labels"] = upload(np.array([key[1] for key in missing], np.int64).T[:, None].copy())
+                inputs["mixed_weights"] = upload(np.array([key[2] for key in missing], np.float32).T[:, None].copy())
             self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, apart=True))
             made = self.backend.download(z)[0]
-            known |= {label: np.ascontiguousarray(made[:, place]) for place, label in enumerate(missing)}
+            known |= {key: np.ascontiguousarray(made[:, place]) for place, key in enumerate(missing)}
         self.first |= known  # at the end: most recently used
-        for label in list(self.first)[: max(0, len(self.first) - KEPT_LABELS)]:
-            del self.first[label]
+        for key in list(self.first)[: max(0, len(self.first) - KEPT_LABELS)]:
+            del self.first[key]
         return known
 
 
@@ -131,6 +141,7 @@ class CausalOuter:
 
     def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, keep_first_step: bool) -> None:
         self.backend, self.config, self.graph = backend, config, graphs["outer_step"]
+        self.mixes = takes_mixed(graphs["outer_prefill"])
 
     def prepare(self, batch: int, branches: int) -> None:
         self.backend.prepare("outer_prefill", "outer_step")
@@ -151,7 +162,7 @@ class CausalOuter:
         )
 
     def fill(self, state: State, batch: Batch) -> None:
-        pass
+        check_mixed(batch, self.mixes)
 
     def step(self, state: State, step: Step) -> Any:
         z = state.z[: state.branches * state.batch]
@@ -166,7 +177,11 @@ class CausalOuter:
         """The class buffer into the cache -> z of the first token."""
         own: CausalBuffers = state.outer
         present = {name.replace("past_key_values", "present", 1): value for name, value in own.prefix.items()}
-        self.backend.launch("outer_prefill", {"labels": state.labels.reshape(z.shape[0])}, {"z": z, **present})
+        inputs = {"labels": state.labels.reshape(z.shape[0])}
+        if self.mixes:
+            shape = (MOST_CLASSES - 1, z.shape[0])
+            inputs |= {name: getattr(state, name).reshape(*shape) for name in MIXED}
+        self.backend.launch("outer_prefill", inputs, {"z": z, **present})
         own.cache.fill(own.prefix)
 
     def _feed(self, state: State, position: int, z: Any) -> None:
@@ -187,14 +202,33 @@ class CausalOuter:
 OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOuter, "causal": CausalOuter}
 
 
-def branch_labels(batch: Batch) -> Array:
-    """(G, B): the labels, and -1 for the unconditional branch."""
-    return np.stack([batch.labels, np.full_like(batch.labels, -1)])[: batch.branches]
+def keys_of(batch: Batch) -> list[list[Key]]:
+    """What the images of each branch are of, [branch][image]: the class, further ones, their weights."""
+    labels, others, weights = batch.classes.branches(batch.branches)
+    pairs = np.moveaxis(others, 0, -1).tolist(), np.moveaxis(weights, 0, -1).tolist()
+    return [
+        [(label, tuple(several), tuple(shares)) for label, several, shares in zip(*rows, strict=True)]
+        for rows in zip(labels.tolist(), *pairs, strict=True)
+    ]
+
+
+def takes_mixed(graph: GraphInfo) -> bool:
+    """Whether a graph takes several classes for an image; those of older versions do not."""
+    return any(tensor.name == MIXED[0] for tensor in graph.inputs)
+
+
+def check_mixed(batch: Batch, mixes: bool) -> None:
+    """Raise BundleError where an image is to be of several classes, and the graphs take one."""
+    if batch.classes.weights is not None and not mixes:
+        raise BundleError(
+            "this bundle's graphs take one class for each image (an older version of arinar wrote them); export the model "
+            "again, or ask for images of one class"
+        )
 
 
 def check_interface(graph: GraphInfo, inputs: tuple[str, ...], config: ArinarConfig) -> None:
     """Raise BundleError where `outer_step` is not that of the model that the config describes."""
-    names = [t.name for t in graph.inputs if not t.name.startswith("past_key_values.")]
+    names = [t.name for t in graph.inputs if not t.name.startswith("past_key_values.") and t.name not in MIXED]
     width = next((t.shape[-1] for t in graph.outputs if t.name == "z"), None)
     if names != list(inputs) or width != config.z_width:
         raise BundleError(

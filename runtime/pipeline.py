@@ -6,7 +6,7 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,7 +49,7 @@ class Generation:
     latents: npt.NDArray[np.float32]
     timings: dict[str, float]
     seed: int | None = None
-    labels: list[int] = field(default_factory=list)
+    labels: list[int | dict[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Pipeline:
     May be used from several threads: calls take turns. It belongs to the process that loaded it.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, precision: str, inner: str = "fused") -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, precision: str, inner: str | None = None) -> None:
         self.bundle, self.backend, self.precision = bundle, backend, precision
         self.loop = Loop(backend, bundle.manifest.precision_graphs(precision), bundle.manifest.config, inner)
         self._lock, self._busy, self._process = threading.RLock(), 0, os.getpid()
@@ -93,7 +93,7 @@ class Pipeline:
         *,
         backend: str | None = None,
         precision: str | None = None,
-        inner: str = "fused",
+        inner: str | None = None,
         verify: bool = True,
         **options: Any,
     ) -> Pipeline:
@@ -104,7 +104,8 @@ class Pipeline:
         path : the bundle's folder.
         backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
         precision : which of the bundle's variants; None means fp32, or the only one.
-        inner : "fused" (one graph for all features of a token) or "stepwise" (a graph per feature, KV cache outside).
+        inner : of a Gaussian mixture head, "fused" (the default: one graph for all features of a token) or "stepwise" (a
+            graph per feature, KV cache outside); a diffusion head is always "stepwise".
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
         options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU (see the backends'
             classes).
@@ -127,12 +128,13 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int] | npt.NDArray[np.integer[Any]],
+        labels: Sequence[int | Mapping[int, float]] | npt.NDArray[np.integer[Any]],
         *,
         guidance_scale: float | Sequence[float] | None = None,
         cfg_schedule: str | None = None,
         temperature: float | Sequence[float] | None = None,
         num_iter: int | None = None,
+        sampling_steps: str | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -150,12 +152,16 @@ class Pipeline:
 
         Parameters
         ----------
-        labels : class ids, each in 0..num_classes-1.
+        labels : class ids, each in 0..num_classes-1; or, for an image of several classes, weights by class id, at most
+            four: ``[{3: 0.5, 8: 0.5}, 7]``. Weights are divided by their sum; the classes' embeddings are interpolated.
         guidance_scale : classifier-free guidance, at least 1; 1 runs no unconditional branch. One for all, or one per
             label.
         cfg_schedule : "linear" or "constant".
-        temperature : above 0, multiplies the component std. One for all, or one per label.
+        temperature : above 0, multiplies the component std (of a diffusion head: the steps' noise). One for all, or one per
+            label.
         num_iter : outer steps, 1..L; a causal model takes L, one token a step.
+        sampling_steps : of a diffusion head: "100", "ddim25", or "25-5" for fewer in later outer steps
+            (`arinar.diffusion_schedule.kept_timesteps`, `respacings`).
         seed : 0..2**64-1. Ignored when ``noise`` is given.
         indices : the images' indices in the seed's sequence; default 0, 1, ... `generate([5], seed=0, indices=[7])` is image
             7 of a run with seed 0.
@@ -178,6 +184,7 @@ class Pipeline:
             cfg_schedule=cfg_schedule,
             temperature=temperature,
             num_iter=num_iter,
+            sampling_steps=sampling_steps,
             seed=seed,
             indices=indices,
             noise=noise,
@@ -192,7 +199,7 @@ class Pipeline:
         return progress.result
 
     def stream(
-        self, labels: Sequence[int] | npt.NDArray[np.integer[Any]], **arguments: Any
+        self, labels: Sequence[int | Mapping[int, float]] | npt.NDArray[np.integer[Any]], **arguments: Any
     ) -> Generator[Progress, None, Generation]:
         """Generate as :meth:`generate` does, step by step: yields a :class:`Progress` after every outer step, whose
         ``preview()`` shows the images as far as they are known; the last one's ``result`` is the :class:`Generation`, which
@@ -304,8 +311,8 @@ class Pipeline:
             result = None
             if done == count:
                 seconds["total"] = time.perf_counter() - began
-                labels = [int(label) for label in sampling.labels]
-                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, labels)
+                asked = sampling.classes.shown()
+                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, asked)
             finished = [images[row] for row in rows]
             yield Progress(len(batch.plan), *place, result=result, _preview=partial(_copies, finished))
 

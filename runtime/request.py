@@ -16,6 +16,7 @@ from arinar.text import shown
 
 from .bundle import Defaults
 from .known import Known
+from .labels import Labels
 from .noise import Noise, check_seed
 from .values import is_whole, number
 
@@ -29,23 +30,30 @@ MOST_AT_A_TIME = 4096
 class Batch:
     """One micro-batch of B images: all that the loop knows of a request.
 
-    labels : (B,) int64. noise : of B images. guidance_scale, temperature : (B,) float64, image by image.
-    cfg_schedule : how guidance grows over the steps. plan : the outer steps. known : tokens that are given, as many of
-    every image; their positions are the end of the noise's order.
+    classes : what each is to be of. noise : of B images. guidance_scale, temperature : (B,) float64, image by image.
+    cfg_schedule : how guidance grows over the steps. plan : the outer steps. sampling_steps : of a diffusion head, as
+    `arinar.diffusion_schedule.respacings` reads it. known : tokens that are given, as many of every image; their positions
+    are the end of the noise's order.
 
     All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed.
     """
 
-    labels: npt.NDArray[np.int64]
+    classes: Labels
     noise: Noise
     guidance_scale: npt.NDArray[np.float64]
     temperature: npt.NDArray[np.float64]
     cfg_schedule: str
     plan: list[Step]
+    sampling_steps: str = ""
     known: Known | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.classes)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(B,): the class of each, or the first of several."""
+        return self.classes.ids
 
     @property
     def guided(self) -> bool:
@@ -71,13 +79,14 @@ class Batch:
 class Sampling:
     """A request for n images, checked, every default filled in. Made by :meth:`resolve`.
 
-    labels (n,) int64; guidance_scale, temperature (n,) float64; indices (n,): the images' places in the seed's sequence;
-    noise: every random number, where the caller gave it; known: tokens that are given; batch_size: images of a
-    micro-batch, size: the same where the caller did not say (short ones are then not filled up).
+    config: the model's, with the request's sampling steps; classes: what each is to be of; guidance_scale, temperature (n,)
+    float64; indices (n,): the images' places in the seed's sequence; noise: every random number, where the caller gave it;
+    known: tokens that are given; batch_size: images of a micro-batch, size: the same where the caller did not say (short
+    ones are then not filled up).
     """
 
     config: ArinarConfig
-    labels: npt.NDArray[np.int64]
+    classes: Labels
     guidance_scale: npt.NDArray[np.float64]
     temperature: npt.NDArray[np.float64]
     cfg_schedule: str
@@ -100,6 +109,7 @@ class Sampling:
         cfg_schedule: str | None = None,
         temperature: Any = None,
         num_iter: int | None = None,
+        sampling_steps: str | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -107,7 +117,8 @@ class Sampling:
         known: Known | None = None,
     ) -> Sampling:
         """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
-        ids = check_labels(labels, config)
+        config = with_sampling_steps(config, sampling_steps)
+        ids = Labels.of(labels, config)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         heat = defaults.temperature if temperature is None else temperature
         if isinstance(indices, str) or not (indices is None or isinstance(indices, (Sequence, np.ndarray))):
@@ -129,7 +140,7 @@ class Sampling:
             known.check(len(ids), config)
         return cls(
             config=config,
-            labels=ids,
+            classes=ids,
             guidance_scale=per_label("guidance_scale", scale, len(ids), 1.0),
             temperature=per_label("temperature", heat, len(ids), 0.0, strict=True),
             cfg_schedule=check_cfg_schedule(defaults.cfg_schedule if cfg_schedule is None else cfg_schedule),
@@ -143,7 +154,12 @@ class Sampling:
         )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.classes)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(n,): the class of each, or the first of several."""
+        return self.classes.ids
 
     @property
     def unknown(self) -> npt.NDArray[np.int64]:
@@ -151,13 +167,20 @@ class Sampling:
         length = np.full(len(self), self.config.seq_len)
         return length if self.known is None else length - self.known.counts
 
+    @property
+    def sampling_steps(self) -> str | None:
+        """Of a diffusion head."""
+        return self.config.sampling_steps if self.config.head == "diffusion" else None
+
     def settings(self, row: int = 0) -> dict[str, Any]:
         """What determines image ``row``, its label, seed and index left out. JSON-ready."""
+        own = {} if self.sampling_steps is None else {"sampling_steps": self.sampling_steps}
         return {
             "guidance_scale": float(self.guidance_scale[row]),
             "cfg_schedule": self.cfg_schedule,
             "temperature": float(self.temperature[row]),
             "num_iter": self.num_iter,
+            **own,
         }
 
     def batches(self) -> Iterator[Part]:
@@ -199,12 +222,13 @@ class Sampling:
             known = self.known[chosen]
             noise = replace(noise, order=known.last(noise.order))
         return Batch(
-            self.labels[chosen],
+            self.classes[chosen],
             noise,
             self.guidance_scale[chosen],
             self.temperature[chosen],
             self.cfg_schedule,
             steps(self.config.seq_len, self.num_iter, unknown),
+            self.config.sampling_steps,
             known,
         )
 
@@ -218,19 +242,13 @@ class Part(NamedTuple):
     batch: Batch
 
 
-def check_labels(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
-    """Class ids as (B,) int64. Raises ValueError for none, a wrong type, or one out of range."""
-    try:
-        ids = np.asarray(labels)
-    except (ValueError, OverflowError) as error:  # lists of lists of different lengths
-        raise ValueError(f"labels is {shown(labels)}; expected a list of integer class ids") from error
-    if ids.size == 0:
-        raise ValueError("labels is empty; give at least one class id")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"labels is {ids.dtype} with shape {ids.shape}; expected a list of integer class ids")
-    if (bad := ids[(ids < 0) | (ids >= config.num_classes)]).size:
-        raise ValueError(f"label {int(bad[0])} is out of range; this model has classes 0..{config.num_classes - 1}")
-    return ids.astype(np.int64)
+def with_sampling_steps(config: ArinarConfig, value: Any) -> ArinarConfig:
+    """The config with so many sampling steps, of a diffusion head; None: as it is."""
+    if value is None:
+        return config
+    if config.head != "diffusion":
+        raise ValueError(f"sampling_steps is {shown(value)}; this model's head draws each feature at once: leave it out")
+    return config.replace(sampling_steps=value)
 
 
 def per_label(name: str, value: Any, count: int, least: float, *, strict: bool = False) -> npt.NDArray[np.float64]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from arinar.config import ArinarConfig
 
 from .backends.base import Backend
+from .labels import MOST_CLASSES
 
 
 @dataclass(eq=False)
@@ -17,17 +19,21 @@ class State:
 
     Their addresses never change, so a backend may record the launches on them (under ``owner``) and replay them.
     Letters as in `arinar.export.steps`: B images, G branches, L tokens, D features, C outer width; ``count``: most
-    positions of a step; 0 where nothing is generated, only decoded (then without the buffers of outer and head).
+    positions of a step; 0 where nothing is generated, only decoded (then without the buffers of outer and head);
+    ``drawing``: what the head's buffers and launches depend on besides (`Head.shape`).
     """
 
     owner: int
     batch: int
     branches: int
     count: int
+    drawing: Hashable
     # What goes up per micro-batch.
     order: Any  # (L, B) int64
     ranks: Any  # (B, L) int64, where in the order each grid position stands
     labels: Any  # (G, B) int64
+    mixed_labels: Any  # (MOST_CLASSES - 1, G, B) int64, further classes
+    mixed_weights: Any  # the same shape, their weights
     guidance: Any  # (L, B), of the step at which the token is drawn
     temperature: Any  # (L, B)
     # What is computed.
@@ -36,6 +42,8 @@ class State:
     raster: Any  # (B, L, D) tokens, raster order
     latents: Any  # (B, channels, h, w)
     images: Any  # (B, H, W, 3) uint8
+    # Whether an image of the micro-batch is of several classes.
+    mixed: bool = False
     # Of the outer model's kind, and of the head's.
     outer: Any = None
     head: Any = None
@@ -45,7 +53,9 @@ class State:
         return self.branches == 2
 
 
-def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, branches: int, count: int) -> State:
+def allocate(
+    backend: Backend, config: ArinarConfig, owner: int, batch: int, branches: int, count: int, drawing: Hashable
+) -> State:
     """Buffers of every model; outer and head add their own."""
     length, features, side = config.seq_len, config.token_dim, config.grid_size * config.patch_size
     return State(
@@ -53,9 +63,12 @@ def allocate(backend: Backend, config: ArinarConfig, owner: int, batch: int, bra
         batch=batch,
         branches=branches,
         count=count,
+        drawing=drawing,
         order=backend.empty((length, batch), "int64"),
         ranks=backend.empty((batch, length), "int64"),
         labels=backend.empty((branches, batch), "int64"),
+        mixed_labels=backend.empty((MOST_CLASSES - 1, branches, batch), "int64"),
+        mixed_weights=backend.empty((MOST_CLASSES - 1, branches, batch), "float32"),
         guidance=backend.empty((length, batch), "float32"),
         temperature=backend.empty((length, batch), "float32"),
         tokens=backend.empty((length, batch, features), "float32"),

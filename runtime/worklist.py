@@ -40,7 +40,7 @@ class Worklist:
                 raise ValueError(f"{name} has no place here: image i of a list is image i of its seed's sequence")
         self.pipeline = pipeline
         self.sampling = pipeline.resolve(labels, seed=seed, batch_size=batch_size, **sampling)
-        self.labels = self.sampling.labels.tolist()
+        self.labels = self.sampling.classes.shown()
         self.out = Path(out)
         _writable(self.out)
         digits = max(6, len(str(len(labels) - 1)))
@@ -81,6 +81,7 @@ class Worklist:
                 temperature=sampling.temperature[indices].tolist(),
                 cfg_schedule=sampling.cfg_schedule,
                 num_iter=sampling.num_iter,
+                sampling_steps=sampling.sampling_steps,
                 seed=sampling.seed,
                 indices=indices,
                 batch_size=sampling.batch_size,
@@ -101,9 +102,12 @@ def metadata_of(pipeline: Pipeline, sampling: Sampling) -> list[dict[str, Any]]:
     """What the files of a request's images say of how they were made."""
     manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
     made_by = {"seed": sampling.seed, "precision": pipeline.precision, "bundle": manifest[:16]}
+    labels = [  # as JSON reads them back
+        {str(key): weight for key, weight in label.items()} if isinstance(label, dict) else label
+        for label in sampling.classes.shown()
+    ]
     return [
-        sampling.settings(row) | made_by | {"index": index, "label": int(sampling.labels[row])}
-        for row, index in enumerate(sampling.indices)
+        sampling.settings(row) | made_by | {"index": index, "label": labels[row]} for row, index in enumerate(sampling.indices)
     ]
 
 

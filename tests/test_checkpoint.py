@@ -345,10 +345,10 @@ def test_published_sizes_are_recognised(name: str) -> None:
     """From shapes alone, heads included: base and its first version look the same, so that guess is the first."""
     with torch.device("meta"):
         state = Arinar(PRESETS[name]).state_dict()
-    config, _, warned = infer_arinar(Path("bare"), state, None, None)
+    config, _, warned, _ = infer_arinar(Path("bare"), state, None, None)
     assert config == PRESETS["base-v1" if name == "base" else name] and len(warned) == 1
     args = {"inner_ar_width": PRESETS[name].inner_width}
-    config, _, warned = infer_arinar(Path("bare"), state, args, None)
+    config, _, warned, _ = infer_arinar(Path("bare"), state, args, None)
     assert config == PRESETS[name].replace(inner_heads=16) and not warned
 
 
@@ -380,11 +380,11 @@ def test_sampling_schedule_of_the_args_is_noted(tmp_path: Path, silent: None, pu
     [
         (
             {"head_type": "ar_diff_loss"},
-            r"head ar_diff_loss \(inner autoregressive diffusion\); only the inner",
+            r"head ar_diff_loss \(inner autoregressive diffusion\); supported are",
         ),
         ({"head_type": "ar_rect_flow"}, "rectified flow"),
         ({"head_type": "ar_byte"}, "bytes"),
-        ({"head_type": "diff_loss"}, "diffusion"),
+        ({"head_type": "diff_loss"}, "head_type diff_loss, its weights lack MAR's diffusion head"),
         ({"head_type": "gmm_cov_wo_ar"}, "full-covariance"),
         ({"head_type": "surprise"}, r"head surprise \(unknown\)"),
         ({"use_nf": True}, "normalising flow"),
@@ -403,7 +403,8 @@ def test_args_that_are_refused(tmp_path: Path, published: State, changes: dict[s
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("diffloss.net.input_proj.weight", "diffusion or rectified-flow head"),
+        ("diffloss.net.input_proj.weight", r"per-token \(not MAR's\) head"),
+        ("diffloss.flow_net.input_proj.weight", "rectified-flow head"),
         ("gmm_head.net.weight", "non-autoregressive Gaussian-mixture head"),
         ("arhead.net.input_proj.weight", "inner diffusion or rectified-flow head"),
         ("arhead.word_embed.0.weight", "inner bytes head"),

@@ -152,6 +152,16 @@ def test_edits_are_the_cpus_bit_for_bit(
     assert len(runtime.graphs) >= 1 and not runtime.queue
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_several_classes_are_the_cpus_bit_for_bit(
+    bundles: dict[str, Path], runtime: FakeCudaRuntime, trt: Any, kind: str
+) -> None:
+    reference, pipeline = cpu(bundles[kind]), gpu(bundles[kind], runtime)
+    calls: list[list[Any]] = [[3, 1, 4], [{3: 1, 8: 1}, 1, 4], [3, {1: 1, 2: 2, 5: 1}, {4: 1, 0: 3}], [3, 1, 4]]
+    for labels in calls:  # what is recorded once serves them all
+        assert_same(pipeline.generate(labels, seed=1), reference.generate(labels, seed=1))
+
+
 def test_pictures_are_encoded_where_an_engine_is(
     bundles: dict[str, Path], tmp_path: Path, runtime: FakeCudaRuntime, trt: Any
 ) -> None:

@@ -599,13 +599,19 @@ def test_ctrl_c_leaves_whole_files_and_exits_with_130(digits_bundle: Path, photo
         ],
     }[command]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "arinar", *words], stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", "arinar", *words],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background it is ignored
     )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.png"))) < 4 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("*.png"))) < 4 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130 and b"arinar: error: interrupted" in said and b"Traceback" not in said, said
     files = list(out.iterdir())
     assert 4 <= len(files) < 3000 and len(files) % 2 == 0  # whole micro-batches

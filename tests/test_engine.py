@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_bundles import TINY, TINY_CAUSAL, tiny_bundle, tiny_model
+from tiny_bundles import TINY, TINY_CAUSAL, TINY_MAR, tiny_bundle, tiny_model
 
 from arinar.cli import main
 from arinar.config import PRESETS
@@ -495,7 +495,7 @@ def logger() -> Iterator[Any]:
 @pytest.mark.requires_rtx
 @without_rtx
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("config", [TINY, TINY_CAUSAL], ids=["masked", "causal"])
+@pytest.mark.parametrize("config", [TINY, TINY_CAUSAL, TINY_MAR], ids=["masked", "causal", "diffusion"])
 def test_every_graph_builds(config: Any, precision: str, shared_folder: Path) -> None:
     bundle = Bundle.open(tiny_bundle(shared_folder, config))
     names = list(bundle.manifest.precision_graphs(precision))
@@ -514,7 +514,7 @@ def test_every_graph_builds(config: Any, precision: str, shared_folder: Path) ->
 
 @pytest.mark.requires_rtx
 @without_rtx
-@pytest.mark.parametrize("config", [TINY, TINY_CAUSAL], ids=["masked", "causal"])
+@pytest.mark.parametrize("config", [TINY, TINY_CAUSAL, TINY_MAR], ids=["masked", "causal", "diffusion"])
 def test_no_input_is_a_shape_tensor(config: Any, shared_folder: Path, logger: Any) -> None:
     """A shape tensor is read by the host: its value could not change between replays of a recorded CUDA graph."""
     trt = importlib.import_module("tensorrt_rtx")
@@ -602,7 +602,7 @@ def test_every_graph_of_the_published_size_builds(precision: str, tmp_path: Path
 # ---------------------------------------------------------------------------------- graph parity, independently
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_CAUSAL], ids=["masked", "causal"])
+@pytest.mark.parametrize("config", [TINY, TINY_CAUSAL, TINY_MAR], ids=["masked", "causal", "diffusion"])
 def test_onnxruntime_agrees_with_the_step_modules_by_polygraphy(config: Any, shared_folder: Path) -> None:
     pytest.importorskip("polygraphy")
     from polygraphy.backend.base import BaseRunner

@@ -27,7 +27,7 @@ LENGTH, FEATURES = DIGITS.seq_len, DIGITS.token_dim
 LABELS = [4, 5, 6]
 
 
-@pytest.fixture(scope="module", params=["digits", "digits-causal"])
+@pytest.fixture(scope="module", params=["digits", "digits-causal", "digits-mar"])
 def pipeline(request: pytest.FixtureRequest, demo_bundle: Callable[[str], Path]) -> Pipeline:
     return Pipeline.load(demo_bundle(request.param), threads=1)
 
@@ -158,7 +158,7 @@ def test_it_is_what_the_reference_generates(
     steps_seen: list[Progress] = []
     got = pipeline.generate(LABELS, guidance_scale=scale, noise=noise, known=known, callback=steps_seen.append)
     records: list[StepRecord] = []
-    model = load_arinar(pipeline.config.outer.replace("masked", "digits").replace("causal", "digits-causal"))
+    model = load_arinar("digits-causal" if causal else "digits-mar" if pipeline.config.head == "diffusion" else "digits")
     want = sample(
         model, torch.tensor(LABELS), guidance_scale=scale, noise=noise, known=known, record=records.append
     ).numpy()  # fmt: skip

@@ -21,7 +21,20 @@ ROOMS = {
 }
 #: Modules of the model's room that need nothing but the standard library and NumPy: every room may import them.
 PLAIN = {
-    f"arinar.{name}" for name in ("config", "files", "schedule", "law", "gmm_law", "mixture_law", "reading", "schemes", "text")
+    f"arinar.{name}"
+    for name in (
+        "config",
+        "diffusion_law",
+        "diffusion_schedule",
+        "files",
+        "gmm_law",
+        "law",
+        "mixture_law",
+        "reading",
+        "schedule",
+        "schemes",
+        "text",
+    )
 }
 #: Modules that import neither torch nor the model, though their rooms do.
 TORCH_FREE = {

@@ -182,6 +182,8 @@ class CpuBackend:
             return rows
         if info.small:
             return min(rows, self.threads)
+        if info.phase == "head":  # it reads all its weights for a few tokens
+            return 1
         if rows % self.threads and rows < MANY_ROWS * self.threads:
             return 1
         needed = -(-rows // self._rows_per_launch)
