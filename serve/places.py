@@ -37,7 +37,11 @@ class Trial:
         same to the last bit: in ascending order."""
         powers = [1 << power for power in range(most.bit_length())]
         largest = next(size for size in reversed(powers) if not self.places_matter(size))
-        return [*(size for size in powers if size < largest and self._alike(size, largest)), largest]
+        smaller = [size for size in powers if size < largest]
+        for pictures in self._lots(largest):
+            made = self._made(pictures.batch())
+            smaller = [size for size in smaller if self._same(pictures, size, made)]
+        return [*smaller, largest]
 
     def places_matter(self, size: int) -> bool:
         """Whether some picture's bits depend on where in a micro-batch of ``size`` it was made, or on the others there."""
@@ -52,12 +56,12 @@ class Trial:
             for ours, theirs in zip(mixed, alike, strict=True)
         )
 
-    def _alike(self, size: int, largest: int) -> bool:
-        """Whether pictures of micro-batches of ``size`` are those of ``largest``, at which places do not matter."""
-        for pictures in self._lots(size):
-            rows = list(range(size))
-            ours, theirs = (self._made(pictures.batch(some)) for some in (rows, rows + [0] * (largest - size)))
-            if any(not np.array_equal(mine, other[:size]) for mine, other in zip(ours, theirs, strict=True)):
+    def _same(self, pictures: Sampling, size: int, made: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> bool:
+        """Whether micro-batches of ``size`` make the same of these pictures as one of all of them."""
+        for start in range(0, len(pictures), size):
+            some = slice(start, start + size)
+            ours = self._made(pictures.batch(range(len(pictures))[some]))
+            if any(not np.array_equal(mine, theirs[some]) for mine, theirs in zip(ours, made, strict=True)):
                 return False
         return True
 

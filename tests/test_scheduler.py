@@ -361,6 +361,23 @@ def test_few_rows_are_filled_up_to_the_smallest_size_that_makes_the_same_bits(di
     assert [report.size for report in reports] == [next(s for s in sizes if s >= count) for count in (1, 3, 8)]
 
 
+def test_a_diffusion_head_shares_micro_batches_by_its_sampling_steps(demo_bundle: Any) -> None:
+    pipeline = Pipeline.load(demo_bundle("digits-mar"), threads=1)
+    gated = Gated(pipeline)
+    gated.let()
+    scheduler = Scheduler(gated, sizes=(SIZE,), max_wait=600)  # type: ignore[arg-type]
+    settings = [
+        {"sampling_steps": steps, "num_iter": 2} for steps in ("ddim5", "10", "ddim5", "10", "ddim5", "10", "ddim5", "10")
+    ]
+    asked = [Asked(scheduler, [label], seed=label, **rest) for label, rest in enumerate(settings)]
+    for label, (one, rest) in enumerate(zip(asked, settings, strict=True)):
+        (image,) = one.images()
+        want = pipeline.generate([label], seed=label, batch_size=SIZE, **rest).images[0]  # type: ignore[arg-type]
+        assert np.array_equal(image, np.asarray(want))
+    scheduler.close()
+    assert [call["labels"] for call in gated.calls] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def test_a_size_that_makes_other_bits_is_found_out(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     walk = pipeline.loop.walk
 

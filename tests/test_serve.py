@@ -207,6 +207,7 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
         ({"prompt": "3", "num_iter": 0}, "num_iter", "num_iter is 0; expected an integer from 1 to 16"),
         ({"prompt": "3", "num_iter": 17}, "num_iter", "num_iter is 17"),
         ({"prompt": "3", "num_iter": 4.5}, "num_iter", "it should be a valid integer"),
+        ({"prompt": "3", "sampling_steps": "100"}, "sampling_steps", "this model's head draws each feature at once"),
         ({"prompt": "3", "stream": "yes"}, "stream", "stream is 'yes'; it should be a valid boolean"),
         ({"prompt": "3", "partial_images": 2}, "partial_images", "partial_images has a meaning with stream alone"),
         ({"prompt": "3", "partial_images": -1, "stream": True}, "partial_images", "greater than or equal to 0"),
