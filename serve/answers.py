@@ -89,8 +89,9 @@ class Work:
             yield await self._datum(Made(row, image))
 
     async def _datum(self, event: Made) -> ImageDatum:
-        image = event.image if self.edit is None else self.edit.pasted(event.image)
-        return await self.service.datum(self.sampling, event.row, image)
+        if self.edit is None:
+            return await self.service.datum(self.sampling, event.row, event.image)
+        return await self.service.datum(self.sampling, event.row, self.edit.pasted(event.image), edit=self.edit.about)
 
     def _told(self, error: Exception) -> ApiError:
         """What the client is told of an error, and the log where that is less than all."""

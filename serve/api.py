@@ -131,7 +131,7 @@ class EditRequest(ImageRequest):
 
 class ImageDatum(BaseModel):
     """An image and all that it takes to make it again: with `Pipeline.generate([label], seed=seed, indices=[index],
-    batch_size=...)` and the answer's settings."""
+    batch_size=...)` and the answer's settings; with `Pipeline.edit`, its picture and its mask, where it was edited."""
 
     b64_json: str
     url: None = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from arinar.runtime import Known
 from arinar.runtime.editing import Mask, Pixels, hide, paste_back, token_mask
+from arinar.runtime.edits import about_edit
 from arinar.runtime.request import Sampling
 
 from .api import EditRequest
@@ -30,7 +31,7 @@ class Edit:
     sampling: Sampling
     pixels: Pixels  # (1, H, W, 3)
     anew: Mask  # (1, L)
-    paste: bool
+    about: dict[str, Any]  # for the results' files
 
     @classmethod
     async def prepare(cls, service: Service, asked: EditRequest, files: Mapping[str, bytes]) -> Edit:
@@ -56,8 +57,11 @@ class Edit:
             raise invalid(str(error), "mask") from None
         tokens = await service.run(lambda: pipeline.encode(hide(pixels, anew, config)))
         known = Known(np.ascontiguousarray(np.broadcast_to(tokens, blank.shape)), ~unknown)
-        return cls(service, replace(sampling, known=known), pixels, anew, asked.paste is not False)
+        about = about_edit(pixels, mask, asked.grow or 0, asked.paste is not False)
+        return cls(service, replace(sampling, known=known), pixels, anew, about)
 
     def pasted(self, image: Image.Image) -> Image.Image:
         """A picture that was made, outside the mask with the pixels that were given."""
-        return paste_back([image], self.pixels, self.anew, self.service.pipeline.config)[0] if self.paste else image
+        if not self.about["paste"]:
+            return image
+        return paste_back([image], self.pixels, self.anew, self.service.pipeline.config)[0]

@@ -184,12 +184,12 @@ class Service:
         """What a function returns that the scheduler's worker is to call. Raises what it raises, and as :meth:`submit`."""
         return await asyncio.wrap_future(self.scheduler.run(function))
 
-    async def datum(self, sampling: Sampling, row: int, image: Image.Image) -> ImageDatum:
-        """An image of a request, as its answer has it."""
+    async def datum(self, sampling: Sampling, row: int, image: Image.Image, **more: Any) -> ImageDatum:
+        """An image of a request, as its answer has it. ``more``: for the PNG to tell."""
         label, index = int(sampling.labels[row]), int(sampling.indices[row])
         about = {"label": label, "seed": sampling.seed, "index": index, "batch_size": self.scheduler.max_batch}
         made_by = {"precision": self.pipeline.precision, "bundle": self._bundle}
-        data = await asyncio.to_thread(png_bytes, image, sampling.settings(row) | about | made_by)
+        data = await asyncio.to_thread(png_bytes, image, sampling.settings(row) | about | made_by | more)
         return ImageDatum(
             b64_json=base64.b64encode(data).decode(),
             seed=sampling.seed,

@@ -25,6 +25,7 @@ from served import JSON, Gate, Served, pixels, serving
 
 from arinar.config import PRESETS
 from arinar.runtime import Pipeline
+from arinar.runtime.edits import about_edit
 from arinar.serve import logs
 from arinar.serve.classes import Classes
 from arinar.serve.door import Limits
@@ -591,7 +592,9 @@ def test_edits_are_those_of_direct_calls(served: Served, pipeline: Pipeline, pic
         for index, label in enumerate((8, 9)):
             want = pipeline.edit([picture], anew, [label], indices=[index], batch_size=4, **sampling)  # type: ignore[arg-type]
             assert np.array_equal(pixels(answer["data"][index]), np.asarray(want.images[0]))
-    assert np.array_equal(pixels(answer["data"][0])[:12].shape, (12, 32, 3))
+    with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as image:
+        about = json.loads(image.info["arinar"])
+    assert about["edit"] == about_edit(np.asarray(picture)[None], anew, 1, False) and about["label"] == 8
 
 
 def test_the_openai_client_edits(served: Served, pipeline: Pipeline, picture: Image.Image) -> None:
