@@ -121,7 +121,7 @@ def load_arinar(
 
     Parameters
     ----------
-    path : a file, or the name of a demo model (``digits``, ``digits-causal``).
+    path : a file, or the name of a demo model (``digits``, ``digits-causal``, ``digits-mar``).
     ema : of a training container, take the averaged weights (``model_ema``), as published evaluation does.
         Files that hold one set of weights are not affected.
     inner_heads : heads of the inner attention. Decides, whatever the file says: 4 for the first public

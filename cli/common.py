@@ -220,7 +220,6 @@ def provenance(checkpoint: str, vae: str | None, info: CheckpointInfo) -> dict[s
         "checkpoint_sha256": info.sha256,
         "checkpoint_source": info.source,
         "weights": info.weights,
-        "inner_heads": info.inner_heads,
-        "inner_heads_source": info.inner_heads_source,
+        **({} if info.inner_heads is None else {"inner_heads": info.inner_heads, "inner_heads_source": info.inner_heads_source}),
         "vae": Path(vae or checkpoint).name,
     }

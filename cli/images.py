@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from arinar.demo import DEMO_MODELS
+
 from .common import RUNTIME, SAMPLING, Labels, load_models, open_pipeline, print_json, provenance, say
 from .group import FAILED, main
 
@@ -28,7 +30,7 @@ MOST_DEMO_IMAGES = 100
 @main.command()
 @click.option(
     "--model",
-    type=click.Choice(["digits", "digits-causal"]),
+    type=click.Choice(list(DEMO_MODELS)),
     default="digits",
     show_default=True,
     help="Which of the shipped, really trained models.",
@@ -50,6 +52,7 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     \b
     Example:  arinar demo
               arinar demo --model digits-causal -o causal-output
+              arinar demo --model digits-mar -o mar-output
     """
     from arinar.files import check_folder
 

@@ -81,7 +81,7 @@ QUANTIZED = Thresholds(
     paired_ratio=math.inf,
 )
 
-_DEMO = "measured on the demo models (digits, digits-causal), with room"
+_DEMO = "measured on the demo models, with room"
 _DEMO_8 = f"{_DEMO}; other weights bear 8 bits otherwise: there the mean kl and level 4 (many images) tell"
 #: Scheme -> where its limits come from, as a report says it.
 ORIGINS = {
