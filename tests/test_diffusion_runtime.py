@@ -22,7 +22,7 @@ from tiny_bundles import TINY, TINY_MAR, tiny_bundle, tiny_model
 from arinar.diffusion_law import forced_states
 from arinar.diffusion_schedule import most_steps
 from arinar.head import Draw
-from arinar.runtime import Bundle, Noise, Pipeline
+from arinar.runtime import Bundle, Known, Noise, Pipeline
 from arinar.runtime.request import with_sampling_steps
 from arinar.sampler import sample
 
@@ -153,6 +153,23 @@ def test_images_on_a_gpu_are_the_cpus(
     for _ in range(3):  # warm-up, captured, replayed
         for call, want in zip(calls, wanted, strict=True):
             assert np.array_equal(device.generate(LABELS, **call).tokens, want)
+
+
+def test_edits_on_a_gpu_are_the_cpus(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers of unknown tokens at other places of plans of the same length, whose steps draw otherwise."""
+    folder = Path(shutil.copytree(bundle, tmp_path / "b"))
+    make_engines(Bundle.open(folder))
+    runtime = FakeCudaRuntime()
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(runtime))
+    device, host = gpu(folder, runtime, cuda_graphs=True), cpu(folder)
+    tokens = host.generate(LABELS, seed=1).tokens
+    length = host.config.seq_len
+    for count in (0, length // 2, 0, length // 2, length // 2, length, 0):
+        known = Known(tokens, np.tile(np.arange(length) < count, (len(LABELS), 1)))
+        for steps in ("8-2", "ddim2"):
+            arguments: dict[str, Any] = {"seed": count, "known": known, "sampling_steps": steps, "num_iter": 4}
+            ours, theirs = (pipeline.generate(LABELS, **arguments).tokens for pipeline in (device, host))
+            assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
