@@ -15,6 +15,7 @@ package_dir = {
     "arinar.runtime.backends": "runtime/backends",
     "arinar.calibration": "calibration",
     "arinar.measure": "measure",
+    "arinar.serve": "serve",
     "arinar.cli": "cli",
 }
 
@@ -22,6 +23,7 @@ package_dir = {
 ONNXRUNTIME = "onnxruntime>=1.24.4"
 EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
 DEMO = ["scikit-learn>=1.4"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20", "python-multipart>=0.0.18"]
 
 setup(
     name="arinar",
@@ -34,7 +36,7 @@ setup(
     python_requires=">=3.11",
     package_dir=package_dir,
     packages=list(package_dir),
-    package_data={"arinar": ["py.typed", "weights/*.safetensors"]},
+    package_data={"arinar": ["py.typed", "weights/*.safetensors"], "arinar.serve": ["page.html"]},
     install_requires=["numpy>=1.26", "pillow>=10", "click>=8.1", "tqdm>=4.66"],
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
@@ -47,10 +49,15 @@ setup(
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],
         # `arinar demo`: export, run on the CPU, judge.
         "demo": [*EXPORT, *DEMO, ONNXRUNTIME],
+        # `arinar serve`; the same under Ray Serve, in several replicas.
+        "serve": SERVE,
+        "ray": [*SERVE, "ray[serve]>=2.60"],
         "dev": [
             *EXPORT,
             *DEMO,
+            *SERVE,
             ONNXRUNTIME,
+            "openai>=1.60",
             "scipy>=1.11",
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -233,9 +233,10 @@ def slope(values: Sequence[float]) -> float:
     return float(np.polyfit(np.arange(len(values)), values, 1)[0]) if len(values) > 1 else 0.0
 
 
-def resident_bytes() -> int:
-    """Memory of this process that lies in RAM."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(pid: int | None = None) -> int:
+    """Memory of a process, by default this one, that lies in RAM."""
+    statm = STATM if pid is None else Path(f"/proc/{pid}/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 FRESH = """

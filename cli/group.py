@@ -23,6 +23,9 @@ INSTALL_HINTS = {
     "safetensors": "export",
     "sklearn": "demo",
     "onnxruntime": "cpu",
+    **dict.fromkeys(
+        ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "multipart", "python_multipart"), "serve"
+    ),
 }
 
 BAD_INPUT, FAILED = 2, 1
@@ -107,4 +110,5 @@ def main() -> None:
     Deploy a model:  arinar export checkpoint-last.pth --vae kl16.ckpt -o bundle/
                      arinar parity bundle/ --checkpoint checkpoint-last.pth --vae kl16.ckpt
                      arinar generate bundle/ --labels 207,360 -o out/
+    Serve it:        arinar serve bundle/
     """

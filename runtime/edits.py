@@ -10,10 +10,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .editing import Mask, as_pixels, token_mask
+from .editing import Mask, Pixels, as_pixels, token_mask
 from .images import save_all
 from .pipeline import Pipeline, Progress
 from .worklist import metadata_of
+
+
+def about_edit(pixels: Pixels, anew: Mask, grow: int, paste: bool) -> dict[str, Any]:
+    """What a result's file says of the picture, the mask and how they were taken. JSON-ready."""
+    return {
+        "image_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()[:16],
+        "mask_sha256": hashlib.sha256(np.packbits(anew).tobytes()).hexdigest()[:16],
+        "grow": grow,
+        "paste": paste,
+    }
 
 
 class Edits:
@@ -43,12 +53,7 @@ class Edits:
         self.pixels = as_pixels(picture, pipeline.config.img_size, resize=True)
         self.unknown = int(token_mask(anew[None], pipeline.config, grow).sum())
         self.steps = min(self.sampling.num_iter, self.unknown)
-        edited = {
-            "image_sha256": hashlib.sha256(self.pixels.tobytes()).hexdigest()[:16],
-            "mask_sha256": hashlib.sha256(np.packbits(anew).tobytes()).hexdigest()[:16],
-            "grow": grow,
-            "paste": paste,
-        }
+        edited = about_edit(self.pixels, anew, grow, paste)
         self.metadata = [made | {"edit": edited} for made in metadata_of(pipeline, self.sampling)]
 
     def run(self, on_step: Callable[[Progress], object] | None = None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
@@ -27,12 +28,18 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
     """Write a PNG in one step (a temporary name, then renamed); ``metadata`` goes into it as JSON text."""
-    path = Path(path)
-    info = PngImagePlugin.PngInfo()
+    data = png_bytes(image, metadata)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def png_bytes(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The content of a PNG file, with ``metadata`` in it as JSON text."""
+    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
     if metadata:
         info.add_text(METADATA_KEY, json.dumps(dict(metadata), sort_keys=True))
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    image.save(data, format="PNG", pnginfo=info)
+    return data.getvalue()
 
 
 def save_all(pictures: Iterable[tuple[Image.Image, Path, Mapping[str, Any]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,11 @@ class Known:
 
     tokens: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Known]) -> Known:
+        """What is given of several lots of images as that of all of them."""
+        return cls(np.concatenate([part.tokens for part in parts]), np.concatenate([part.mask for part in parts]))
 
     def __len__(self) -> int:
         return len(self.mask)

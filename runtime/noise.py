@@ -57,6 +57,11 @@ class Noise:
             order[:] = np.array(config.generation_order[::-1], np.int64)
         return cls(order, draws)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Noise]) -> Noise:
+        """The noise of several lots of images as that of all of them."""
+        return cls(np.concatenate([part.order for part in parts]), np.concatenate([part.draws for part in parts]))
+
     def __len__(self) -> int:
         return len(self.order)
 

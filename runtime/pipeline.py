@@ -147,8 +147,8 @@ class Pipeline:
         Image i is determined, up to floating-point rounding, by (seed, i) and the sampling arguments. With
         ``batch_size`` given it is determined to the last bit, whatever is generated beside it: short batches are padded
         to that size. (On a CPU a float's last bit may also depend on an image's place in the micro-batch: which row of a
-        product it is; at sizes 1, 2 and multiples of 4 none was seen to. A causal int8 model's rows share their ranges: an
-        image depends slightly on the others.)
+        product it is; at powers of two none was seen to. A causal int8 model's rows share their ranges: an image depends
+        slightly on the others.)
 
         Parameters
         ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import arinar
 
 ROOT = Path(arinar.__file__).parent
-NAMES = ("runtime", "export", "calibration", "measure", "cli")
+NAMES = ("runtime", "export", "calibration", "measure", "serve", "cli")
 # Installed, the rooms are inside the package; in a checkout they are its siblings.
 ROOMS = {
     "arinar": ROOT,
@@ -51,10 +52,11 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"arinar", "runtime"},
     "calibration": {"arinar", "runtime", *(name for name in TORCH_FREE if name.startswith("arinar.export."))},
     "measure": {"arinar", "runtime", "export", "calibration"},
-    "cli": {"arinar", "runtime", "export", "calibration", "measure"},
+    "serve": {"runtime"},
+    "cli": {"arinar", "runtime", "export", "calibration", "measure", "serve"},
 }
 #: A torch-free module stays among these.
-LIGHT_ROOMS = ("runtime", "cli")
+LIGHT_ROOMS = ("runtime", "serve", "cli")
 HEAVY = ("torch", "onnx", "onnxscript", "safetensors", "sklearn", "scipy", "polygraphy")
 
 
@@ -93,6 +95,13 @@ def is_module(name: str) -> bool:
     room, rest = (parts[1], parts[2:]) if parts[1] in NAMES else ("arinar", parts[1:])
     place = ROOMS[room].joinpath(*rest)
     return place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def has_packages(path: Path) -> bool:
+    """Whether the packages are installed that a module of serve/ imports: an extra brings them."""
+    if path.parent != ROOMS["serve"]:
+        return True
+    return all(importlib.util.find_spec(name) for name in ("fastapi", *(["ray"] if path.stem == "ray" else [])))
 
 
 def room_of(name: str) -> str | None:
@@ -156,7 +165,7 @@ def run(code: str) -> None:
 
 
 def test_what_is_torch_free_imports_without_torch_or_the_model() -> None:
-    light = [module_name(path, room) for room in LIGHT_ROOMS for path in modules(room)]
+    light = [module_name(path, room) for room in LIGHT_ROOMS for path in modules(room) if has_packages(path)]
     model = {module_name(path, "arinar") for path in modules("arinar")} - PLAIN - {"arinar"}
     for names, packages in ((light, HEAVY), (sorted(TORCH_FREE), ("torch", "safetensors", "sklearn", "polygraphy"))):
         run(

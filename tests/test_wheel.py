@@ -27,6 +27,7 @@ ROOMS = {
     "arinar.measure": "measure",
     "arinar.runtime": "runtime",
     "arinar.runtime.backends": "runtime/backends",
+    "arinar.serve": "serve",
 }
 #: Of the base requirements and the extra `cpu`, compiled: what a server needs on its disk.
 MOST_MEGABYTES = 220
@@ -76,7 +77,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     assert have == want
     weights = {f"arinar/weights/{file.name}" for file in (ROOT / "arinar" / "weights").glob("*.safetensors")}
     assert len(weights) == 3
-    assert set(names) - have == weights | {"arinar/py.typed"}
+    assert set(names) - have == weights | {"arinar/py.typed", "arinar/serve/page.html"}
 
 
 def test_every_folder_with_modules_is_a_room() -> None:
