@@ -49,3 +49,10 @@ def test_python_blocks_run(digits_bundle: Path, tmp_path: Path, monkeypatch: pyt
         for name in re.findall(r"\bout\.(\w+)", block):  # also those that a comment promises
             assert getattr(names["out"], name) is not None
     Bundle.open(tmp_path / "bundle").verify()
+
+
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Those within the repository."""
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
