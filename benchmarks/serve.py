@@ -5,7 +5,8 @@
 The server is `arinar serve` in a process of its own. Requests of all kinds (1 to 4 images, labels, seeds, guided or not, two
 numbers of steps) arrive at random times, whether earlier ones are answered or not (open loop), at shares of what the loop makes
 in the same time. The loop takes the same requests one after another, all cores for each: its times are measured, its latencies
-follow from them and the arrivals. Every picture of every answer is compared with the direct call that it must equal.
+follow from them and the arrivals. Every picture of every answer is compared with the direct call that it must equal. With
+``--leaving SHARE`` so many clients go away within two seconds, which is not counted among the answers.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from .scaling import resident_bytes, slope
 
 #: Different requests; what arrives is drawn from them, so that every picture's reference is made once.
 WISHES = 48
+#: Seconds that a client who goes away has waited, at most.
+PATIENCE = 2.0
 #: Threads that wait for answers.
 CLIENTS = 256
 
@@ -91,13 +94,13 @@ class Client:
     """Asks a server, and checks what it answers."""
 
     def __init__(self, port: int) -> None:
-        self.port, self.lock, self.wrong, self.refused = port, threading.Lock(), 0, 0
+        self.port, self.lock, self.wrong, self.refused, self.gone = port, threading.Lock(), 0, 0, 0
 
     def get(self, path: str) -> bytes:
         return self._ask("GET", path, None)[1]
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+    def _ask(self, method: str, path: str, body: bytes | None, timeout: float = 600) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -105,9 +108,14 @@ class Client:
         finally:
             connection.close()
 
-    def take(self, wish: Wish, arrived: float) -> float | None:
-        """Seconds from a request's arrival to its answer; None where it was refused."""
-        status, data = self._ask("POST", "/v1/images/generations", json.dumps(wish.body).encode())
+    def take(self, wish: Wish, arrived: float, patience: float | None) -> float | None:
+        """Seconds from a request's arrival to its answer; None where it was refused, or not waited for any longer."""
+        try:
+            status, data = self._ask("POST", "/v1/images/generations", json.dumps(wish.body).encode(), patience or 600)
+        except TimeoutError:
+            with self.lock:
+                self.gone += 1
+            return None
         seconds = time.perf_counter() - arrived
         if status != 200:
             with self.lock:
@@ -153,14 +161,16 @@ def server(bundle: Path, precision: str, size: int, wait: float) -> Iterator[tup
         process.wait()
 
 
-def level(client: Client, asked: Sequence[Wish], load: float, seconds: float, seed: int, pid: int) -> dict[str, Any]:
-    """Requests at a share of the loop's throughput, for so long."""
+def level(
+    client: Client, asked: Sequence[Wish], load: float, seconds: float, seed: int, pid: int, leaving: float
+) -> dict[str, Any]:
+    """Requests at a share of the loop's throughput, for so long; of a share of them the client goes away."""
     draw = random.Random(seed)
     rate = load / statistics.mean(wish.seconds for wish in asked)
     arrivals, moment = [], 0.0
     while (moment := moment + draw.expovariate(rate)) < seconds:
         arrivals.append((moment, draw.choice(asked)))
-    before, wrong, refused = client.counters(), client.wrong, client.refused
+    before, wrong, refused, gone = client.counters(), client.wrong, client.refused, client.gone
     resident: list[float] = []
     waiting: list[Any] = []
     start = time.perf_counter()
@@ -170,13 +180,14 @@ def level(client: Client, asked: Sequence[Wish], load: float, seconds: float, se
                 time.sleep(min(left, 0.5))
             if not resident or len(waiting) % 20 == 0:
                 resident.append(resident_bytes(pid) / 1e6)
-            waiting.append(pool.submit(client.take, wish, start + moment))
+            patience = draw.uniform(0.01, PATIENCE) if draw.random() < leaving else None
+            waiting.append(pool.submit(client.take, wish, start + moment, patience))
         found = [future.result() for future in waiting]
     took = time.perf_counter() - start
     after = client.counters()
     gained = {name: after[name] - before.get(name, 0.0) for name in after}
-    images = sum(wish.count for _, wish in arrivals)
     answered = [one for one in found if one is not None]
+    images = sum(wish.count for (_, wish), one in zip(arrivals, found, strict=True) if one is not None)
     return {
         "load": load,
         "requests": len(arrivals),
@@ -190,6 +201,7 @@ def level(client: Client, asked: Sequence[Wish], load: float, seconds: float, se
         "fill": gained["arinar_batch_fill_sum"] / max(1.0, gained["arinar_batch_fill_count"]),
         "wrong": client.wrong - wrong,
         "refused": client.refused - refused,
+        "gone": client.gone - gone,
         "resident_mb": [round(size, 1) for size in resident[:: max(1, len(resident) // 20)]],
         "resident_slope_kb_per_request": 1e3 * slope(resident[len(resident) // 2 :]) / 20,
     }
@@ -246,6 +258,7 @@ def table(report: dict[str, Any]) -> str:
     help="Shares of the loop's throughput. [default: 0.5, 0.9, 1.5]",
 )
 @click.option("--minutes", type=click.FloatRange(min=0.05), default=5, show_default=True, help="Of all loads together.")
+@click.option("--leaving", type=click.FloatRange(0, 0.9), default=0.0, show_default=True, help="Share of clients that go away.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
@@ -255,6 +268,7 @@ def main(
     wait: float,
     loads: tuple[float, ...],
     minutes: float,
+    leaving: float,
     seed: int,
     json_path: Path | None,
 ) -> None:
@@ -272,13 +286,15 @@ def main(
         "max_batch": size,
         "max_wait_ms": wait,
         "minutes": minutes,
+        "leaving": leaving,
         "loop_images_per_s": sum(wish.count for wish in asked) / sum(wish.seconds for wish in asked),
         "levels": [],
     }
     with server(bundle, pipeline.precision, size, wait) as (process, client):
         for number, load in enumerate(loads):
             say(f"load {load:g}")
-            report["levels"].append(level(client, asked, load, 60 * minutes / len(loads), seed + number, process.pid))
+            seconds = 60 * minutes / len(loads)
+            report["levels"].append(level(client, asked, load, seconds, seed + number, process.pid, leaving))
             if json_path is not None:
                 write_text(json_path, json.dumps(report, indent=2) + "\n")
     click.echo(table(report))

@@ -85,10 +85,10 @@ def run_parity(
 ) -> ParityReport:
     """Compare a loaded bundle with the PyTorch model that it should be.
 
-    ``arguments``: of sampling, as for `Pipeline.generate`. ``distribution`` > 0 adds the fourth level with so many samples
-    of each; ``features`` and ``fid_stats`` as for `arinar.measure.distribution.compare`. ``thresholds``: default those of
-    ``THRESHOLDS`` for the bundle's precision. ``reference``: what the report is to say about the checkpoint (its file, hash,
-    ...).
+    ``arguments``: of sampling, as for `Pipeline.generate` (of a causal model, ``num_iter`` means nothing). ``distribution``
+    > 0 adds the fourth level with so many samples of each; ``features`` and ``fid_stats`` as for
+    `arinar.measure.distribution.compare`. ``thresholds``: default those of ``THRESHOLDS`` for the bundle's precision.
+    ``reference``: what the report is to say about the checkpoint (its file, hash, ...).
     ``control``: compute the control even where levels 2 and 3 keep their limits; it takes several times as long as the
     reference. ``edit``: at level 3 also keep half of the reference's tokens, and let both generate the rest anew.
 
@@ -99,6 +99,8 @@ def run_parity(
     check_same(pipeline, model, vae)
     scheme = pipeline.bundle.manifest.scheme(pipeline.precision)
     thresholds = thresholds or THRESHOLDS[scheme]
+    if model.config.outer == "causal":  # one token a step
+        arguments.pop("num_iter", None)
     sampling = pipeline.resolve(list(labels), **arguments)
     settings = {"labels": sampling.classes.shown(), **sampling.settings(), "seed": sampling.seed}
     measure = None

@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
         want |= {f"{package.replace('.', '/')}/{file.name}" for file in (ROOT / folder).glob("*.py")}
     assert have == want
     weights = {f"arinar/weights/{file.name}" for file in (ROOT / "arinar" / "weights").glob("*.safetensors")}
-    assert len(weights) == 3
+    assert len(weights) == 4
     assert set(names) - have == weights | {"arinar/py.typed", "arinar/serve/page.html"}
 
 
