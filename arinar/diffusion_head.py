@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import ArinarConfig
 from .diffusion_law import forced_states
 from .diffusion_schedule import TRAIN_STEPS, NoiseSchedule, noise_schedule, respacings
-from .head import Draw, Drawn
+from .head import Draw, Drawn, wide
 
 FREQUENCIES = 128
 # In training, half the width of an 8-bit pixel's bin in [-1, 1], and where the outermost bins begin: applied to latents.
@@ -124,7 +124,7 @@ class DiffusionHead(nn.Module):
         bound in bits that trains the variance (eps detached), each the mean over features. With weight 1, as published."""
         at = RowConstants(noise_schedule(), timesteps, tokens)
         x = at.sqrt_alphas_cumprod * tokens + at.sqrt_one_minus_alphas_cumprod * noise
-        eps, value = _wide(self.net(x, timesteps, z)).chunk(2, -1)
+        eps, value = wide(self.net(x, timesteps, z)).chunk(2, -1)
         squared = ((noise - eps) ** 2).mean(-1)
         mean, logvar, _ = at.posterior(x, eps.detach(), value)
         true_mean = at.posterior_mean_coef1 * tokens + at.posterior_mean_coef2 * x
@@ -150,14 +150,16 @@ class DiffusionHead(nn.Module):
         copies, shape = len(z) // len(z_cond), (len(z_cond), self.config.token_dim)
         x = _normals(how, 0, shape, z_cond)
         for number, index in enumerate(reversed(range(len(schedule)))):
-            timesteps = torch.full((len(z),), int(schedule.timesteps[index]), device=z.device)
-            cond, *uncond = _wide(self.net(x.repeat(copies, 1), timesteps, z)).chunk(copies)
+            cond, *uncond = self._network(x.repeat(copies, 1), z, schedule, index).chunk(copies)
             eps, value = guided(cond, uncond[0], how.guidance_scale) if uncond else cond.chunk(2, -1)
-            at = RowConstants(schedule, torch.full(shape[:1], index, device=z.device), x)
-            mean, logvar, _ = at.posterior(x, eps, value)
+            mean, logvar, _ = RowConstants.of_all(schedule, index, x).posterior(x, eps, value)
             noise = _normals(how, number + 1, shape, z_cond)  # drawn at the last step too, as published, which adds none
             x = mean + (index != 0) * torch.exp(0.5 * logvar) * noise * how.temperature.to(x)[:, None]
         return x
+
+    def _network(self, x: Tensor, z: Tensor, schedule: NoiseSchedule, index: int) -> Tensor:
+        """x (N, D), z (N, C), all at one step of a schedule -> (N, 2 D)."""
+        return wide(self.net(x, torch.full((len(z),), int(schedule.timesteps[index]), device=z.device), z))
 
     def _law(self, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """z (M, C), tokens (M, D) -> mean and log variance of each of the config's sampling steps, (M, S, D) each, at the
@@ -167,10 +169,8 @@ class DiffusionHead(nn.Module):
         states = torch.from_numpy(forced_states(tokens.cpu().numpy(), respacing)).to(tokens)
         means, logvars = [], []
         for x, index in zip(states.unbind(1), reversed(range(len(schedule))), strict=True):
-            timesteps = torch.full((len(z),), int(schedule.timesteps[index]), device=z.device)
-            eps, value = _wide(self.net(x, timesteps, z)).chunk(2, -1)
-            at = RowConstants(schedule, torch.full((len(z),), index, device=z.device), x)
-            mean, logvar, _ = at.posterior(x, eps, value)
+            eps, value = self._network(x, z, schedule, index).chunk(2, -1)
+            mean, logvar, _ = RowConstants.of_all(schedule, index, x).posterior(x, eps, value)
             means.append(mean)
             logvars.append(logvar)
         return torch.stack(means, 1), torch.stack(logvars, 1)
@@ -187,6 +187,11 @@ class RowConstants:
 
     def __init__(self, schedule: NoiseSchedule, index: Tensor, like: Tensor) -> None:
         self.schedule, self.index, self.like = schedule, index.cpu().numpy(), like
+
+    @classmethod
+    def of_all(cls, schedule: NoiseSchedule, index: int, like: Tensor) -> RowConstants:
+        """All rows at one step."""
+        return cls(schedule, torch.full((len(like),), index), like)
 
     def __getattr__(self, name: str) -> Tensor:
         values = getattr(self.schedule, name)[self.index].astype(np.float32)
@@ -222,8 +227,3 @@ def _normals(how: Draw, number: int, shape: tuple[int, int], like: Tensor) -> Te
         return how.draws[..., number].to(like)
     made = torch.randn(shape, generator=how.generator, dtype=like.dtype, device=how.generator.device)
     return made.to(like.device)
-
-
-def _wide(value: Tensor) -> Tensor:
-    """In float32 at least (under autocast it comes in less)."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

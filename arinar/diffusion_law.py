@@ -48,7 +48,6 @@ def _check_normals(draws: Array) -> None:
 
 LAW = Law(
     draw="sampling step",
-    of="Gaussian",
     parts=("mean", "logvar"),
     titles={"mean": "mean of a sampling step", "logvar": "log variance of a sampling step"},
     kl=gaussian_kl,

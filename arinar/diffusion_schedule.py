@@ -52,7 +52,7 @@ def noise_schedule(respacing: str = "") -> NoiseSchedule:
     alphas_cumprod = np.cumprod(1.0 - _cosine_betas())[timesteps]
     before = np.append(1.0, alphas_cumprod[:-1])
     betas = 1.0 - alphas_cumprod / before
-    alphas_cumprod = np.cumprod(1.0 - betas, dtype=np.float64)  # again, from the rounded betas, as published
+    alphas_cumprod = np.cumprod(1.0 - betas)  # again, from the rounded betas, as published
     before = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = betas * (1.0 - before) / (1.0 - alphas_cumprod)
     # The first step's variance is 0: it takes the second's in its place.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .head import Draw, Drawn
+from .head import Draw, Drawn, wide
 from .inner import InnerAR, Mixture, log_density
 from .mixture import draw_mixture
 from .mixture_law import NUM_CANDIDATES
@@ -25,7 +25,7 @@ class GmmHead(InnerAR):
 
     def loss(self, z: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Negative log-likelihood, without the constant 0.5 log(2 pi) per feature, as published."""
-        mixture = Mixture(*(_wide(value) for value in self(z, tokens)))
+        mixture = Mixture(*(wide(value) for value in self(z, tokens)))
         per_feature = -log_density(tokens, mixture) - 0.5 * math.log(2 * math.pi)
         return per_feature.sum(-1)
 
@@ -39,8 +39,8 @@ class GmmHead(InnerAR):
         for position in range(self.config.token_dim):
             previous: Tensor | None = None if feature is None else feature.repeat(copies, 1)
             both, cache = self.step(z, previous, position, cache)
-            cond = Mixture(*(_wide(value.chunk(copies)[0]) for value in both))
-            uncond = None if z_uncond is None else Mixture(*(_wide(value.chunk(copies)[1]) for value in both))
+            cond = Mixture(*(wide(value.chunk(copies)[0]) for value in both))
+            uncond = None if z_uncond is None else Mixture(*(wide(value.chunk(copies)[1]) for value in both))
             value = draw_feature(cond, uncond, how, position) if forced is None else forced[:, position]
             feature = value[:, None]
             drawn.append(value)
@@ -96,11 +96,6 @@ def draw_guided(
     where = generator.device
     pick = torch.multinomial(probability.float().to(where), 1, generator=generator).to(proposals.device)
     return proposals.T.gather(1, pick)[:, 0]
-
-
-def _wide(value: Tensor) -> Tensor:
-    """In float32 at least (under autocast it comes in less)."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _stack(mixtures: list[Mixture]) -> Mixture:

@@ -69,7 +69,6 @@ def _check_uniforms(draws: Array) -> None:
 
 LAW = Law(
     draw="feature",
-    of="mixture",
     parts=("weight", "mu", "logvar"),
     titles={"weight": "component weight", "mu": "component mean (mu)", "logvar": "component log variance"},
     kl=mixture_kl,

@@ -55,3 +55,8 @@ class Head(Protocol):
 
     def draw(self, z_cond: Tensor, z_uncond: Tensor | None, how: Draw, forced: Tensor | None = None) -> Drawn:
         """z (M, C) of the branches -> tokens; ``forced`` (M, D) takes the place of what would be drawn."""
+
+
+def wide(value: Tensor) -> Tensor:
+    """In float32 at least (under autocast it comes in less)."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -21,7 +21,7 @@ Parts = tuple[Array, ...]
 class Law:
     """What one draw of a token's S draws follows, and the random numbers that it takes.
 
-    draw : what is drawn at one time, and of : from what, in a word; for people.
+    draw : what is drawn at one time, in a word; for people.
     parts : names of the parameters, in the order in which they are passed; titles : what each is, for people.
     kl : KL(p || q) of parts p and q, per draw: (...) in nats, at least 0.
     pick : draws (...), parts -> the alternative (0 to ``picks(config)`` - 1) that each most probably took; picks: how many
@@ -31,7 +31,6 @@ class Law:
     """
 
     draw: str
-    of: str
     parts: tuple[str, ...]
     titles: dict[str, str]
     kl: Callable[[Parts, Parts], Array]

@@ -77,10 +77,9 @@ class DiffusionHead:
         config, empty = self.config, self.backend.empty
         size, steps = batch.noise.draws.shape[-1], respacings(batch.sampling_steps, len(batch.plan))
         tokens = state.count * state.batch
-        info = next(t for t in self.infos["head_condition"].outputs if t.name == "condition")
         return DiffusionBuffers(
             draws=empty((size, config.seq_len, state.batch, config.token_dim), "float32"),
-            condition=empty((state.branches * tokens, config.inner_width), info.dtype),
+            condition=self._condition_buffer(state.branches * tokens),
             x=(empty((tokens, config.token_dim), "float32"), empty((tokens, config.token_dim), "float32")),
             parts={part: empty((tokens, config.token_dim), "float32") for part in PARTS},
             chains=[self._chain(name) for name in (steps[:1] if len(set(steps)) == 1 else steps)],
@@ -118,8 +117,7 @@ class DiffusionHead:
         rows = (len(z),) if images is None else (len(z) // images, images)
         respacing = respacings(config.sampling_steps, 1)[0]
         chain, states = self._chain(respacing), forced_states(tokens, respacing)
-        info = next(t for t in self.infos["head_condition"].outputs if t.name == "condition")
-        condition = backend.empty((*rows, config.inner_width), info.dtype)
+        condition = self._condition_buffer(*rows)
         self._condition(backend.upload(np.ascontiguousarray(z).reshape(*rows, -1)), condition)
         outputs = {name: backend.empty((*rows, config.token_dim), "float32") for name in ("next_x", *PARTS)}
         nothing, ones = backend.empty((*rows, config.token_dim), "float32"), backend.upload(np.ones(rows, np.float32))
@@ -131,6 +129,11 @@ class DiffusionHead:
             for part, values in found.items():
                 values[:, number] = backend.download(outputs[part]).reshape(len(z), -1)
         return tuple(found.values())
+
+    def _condition_buffer(self, *rows: int) -> Any:
+        """(rows, W), of the dtype that the network computes in."""
+        (condition,) = self.infos["head_condition"].outputs
+        return self.backend.empty((*rows, self.config.inner_width), condition.dtype)
 
     def _condition(self, z: Any, condition: Any) -> None:
         """z (anything, B, C) -> condition (anything, B, W); without B, rows of one image."""

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_golden import DTYPES, arrays, tensor
+from test_golden import DTYPES, TINY, arrays, tensor
 from torch import Tensor
 
 from arinar.checkpoint import load_arinar
-from arinar.config import ArinarConfig
 from arinar.diffusion_head import DiffusionHead, RowConstants, guided, timestep_features
 from arinar.diffusion_law import LAW, forced_states, gaussian_kl
 from arinar.diffusion_schedule import kept_timesteps, noise_schedule, respacings, step_table
@@ -27,22 +26,7 @@ from arinar.sampler import StepRecord, sample
 
 RESPACINGS = ["", "250", "100", "50", "25", "10", "2", "30,20,10", "ddim100", "ddim50", "ddim25"]
 TRAJECTORIES = ["cfg1_oneiter", "cfg1_t0p95", "cfg2p9_ddim10", "cfg3_s100", "cfg3p2_ddim25_t1p1", "cfg4const_t0p9"]
-TINY_MAR = ArinarConfig(
-    img_size=16,
-    vae_stride=4,
-    num_classes=10,
-    buffer_size=8,
-    encoder_width=64,
-    encoder_depth=2,
-    encoder_heads=4,
-    decoder_width=64,
-    decoder_depth=2,
-    decoder_heads=4,
-    head="diffusion",
-    inner_width=48,
-    inner_depth=3,
-    default_num_iter=8,
-)
+TINY_MAR = TINY.replace(head="diffusion", inner_width=48, inner_depth=3)
 
 
 @pytest.fixture(params=DTYPES, ids=str)
