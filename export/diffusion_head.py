@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from arinar.config import ArinarConfig
 from arinar.diffusion_head import DiffusionHead, ResBlock
 from arinar.diffusion_schedule import STEP_CONSTANTS, TRAIN_STEPS
+from arinar.head import wide
 from arinar.runtime.bundle import TensorInfo
 
 from .spec import GraphSpec, tensor
-from .steps import wide
 
 #: Nothing but the config decides the law of a draw.
 LAW: dict[str, int] = {}

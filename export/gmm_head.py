@@ -17,6 +17,7 @@ from onnx import ModelProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from arinar.config import ArinarConfig
+from arinar.head import wide
 from arinar.inner import InnerAR, InnerBlock
 from arinar.mixture import MixtureSample, PlainMixtureSample
 from arinar.mixture_law import NUM_CANDIDATES, NUM_UNIFORMS
@@ -24,7 +25,7 @@ from arinar.runtime.bundle import TensorInfo
 
 from .compose import GraphComposer
 from .spec import Array, GraphSpec, cache_tensors, tensor
-from .steps import attend_cached, filled_bias, wide
+from .steps import attend_cached, filled_bias
 
 #: What the law of a draw depends on besides the config: recorded in the manifest, built into the graphs.
 LAW = {"num_candidates": NUM_CANDIDATES}

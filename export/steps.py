@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arinar.config import ArinarConfig
+from arinar.head import wide
 from arinar.model import Arinar, unpatchify
 from arinar.outer import Attention, Block, CausalOuter, MaskedOuter
 from arinar.vae import AutoencoderKL, posterior
@@ -84,11 +85,6 @@ def half_precision_vae(vae: AutoencoderKL) -> AutoencoderKL:
     for parent, name, norm in norms:
         setattr(parent, name, Float32Norm(norm))
     return half
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least. (float64 stays: only there can a saving be told from a rounding error.)"""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
