@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_golden import TINY as GOLDEN_TINY
 from torch import Tensor, nn
 
 from arinar import checkpoint_files
@@ -66,22 +67,7 @@ SMALL = CONFIG.replace(
     latent_shift=0.5,
 )
 CAUSAL = SMALL.replace(outer="causal", encoder_depth=0, order=(3, 1, 0, 2))
-TINY = ArinarConfig(
-    img_size=16,
-    vae_stride=4,
-    num_classes=10,
-    buffer_size=8,
-    encoder_width=64,
-    encoder_depth=2,
-    encoder_heads=4,
-    decoder_width=64,
-    decoder_depth=2,
-    decoder_heads=4,
-    inner_width=64,
-    inner_depth=2,
-    inner_heads=4,
-    default_num_iter=16,
-)
+TINY = GOLDEN_TINY.replace(inner_heads=4, default_num_iter=16)
 VAE = VaeConfig(
     embed_dim=4,
     channels=8,

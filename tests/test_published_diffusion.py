@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_checkpoint import CONFIG
 from test_golden_mar import TINY_MAR
 from torch import Tensor
 
@@ -19,23 +20,8 @@ from arinar.published import infer_arinar
 
 State = dict[str, Tensor]
 
-# Of a published outer width, so that its heads need no config, and else as small as can be.
-SMALL = ArinarConfig(
-    img_size=32,
-    num_classes=3,
-    buffer_size=2,
-    encoder_width=768,
-    encoder_depth=1,
-    encoder_heads=12,
-    decoder_width=768,
-    decoder_depth=1,
-    decoder_heads=12,
-    mlp_ratio=0.0625,
-    head="diffusion",
-    inner_width=24,
-    inner_depth=2,
-    default_num_iter=4,
-    default_guidance_scale=2.9,
+SMALL = CONFIG.replace(
+    head="diffusion", inner_width=24, inner_depth=2, inner_heads=16, inner_mlp_ratio=4.0, default_guidance_scale=2.9
 )
 MAR_ARGS = {
     "model": "mar_base",
