@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.11",
     package_dir=package_dir,
     packages=list(package_dir),
-    package_data={"arinar": ["py.typed", "weights/*.safetensors"], "arinar.serve": ["page.html"]},
+    package_data={"arinar": ["py.typed", "imagenet_classes.txt", "weights/*.safetensors"], "arinar.serve": ["page.html"]},
     install_requires=["numpy>=1.26", "pillow>=10", "click>=8.1", "tqdm>=4.66"],
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.

@@ -23,10 +23,10 @@ from arinar.model import Arinar
 from arinar.reading import read_json
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
-from arinar.runtime.values import entry, items, mapping, number, text
 from arinar.schemes import QUANTIZED, SCHEMES
 from arinar.text import printable, shown
 from arinar.vae import AutoencoderKL
+from arinar.values import entry, items, mapping, number, text
 
 from .bundle import WEIGHTS_NAME, weights_sha256, written
 from .cpu import cpu_path, write_cpu_form

@@ -14,8 +14,8 @@ from arinar.reading import read_json
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import MOST_AT_A_TIME, with_sampling_steps
-from arinar.runtime.values import entry, integer, items, mapping, number, text
 from arinar.schemes import SCHEMES
+from arinar.values import entry, integer, items, mapping, number, text
 
 from .cost import Cost, image_cost
 from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak

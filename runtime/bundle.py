@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig
-from arinar.reading import MAX_JSON, parse_json
+from arinar.reading import parse_json, read_json
 from arinar.schedule import check_cfg_schedule
 from arinar.schemes import SCHEMES
 from arinar.text import shown
+from arinar.values import MOST_BYTES, conforming, entry, integer, items, mapping, number, text, truth
 
-from .values import MOST_BYTES, conforming, entry, integer, items, mapping, number, text, truth
 from .wire import external_locations
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
@@ -225,6 +225,10 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def __repr__(self) -> str:
+        config, side = self.config, self.config.img_size
+        return f"Manifest({config.outer} {config.head} model of {side} x {side}, {', '.join(self.graphs)})"
+
     def precision_graphs(self, precision: str) -> dict[str, GraphInfo]:
         if precision not in self.graphs:
             known = precision in SCHEMES
@@ -258,9 +262,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises BundleError for what is not a manifest, or one of an unknown format version."""
+        """`from_dict`, of a JSON text."""
         try:
             data = parse_json(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Manifest:
+        """Raises BundleError for what is not a manifest, or one of an unknown format version."""
+        try:
             version = entry("it", data, "format_version")
         except ValueError as error:
             raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
@@ -379,14 +391,28 @@ class Bundle:
             what = what if folder.exists() else "does not exist"
             raise BundleError(f"{folder} is not a bundle: it {what}. `arinar export CHECKPOINT -o {folder}` makes one")
         try:
-            if (size := file.stat().st_size) > MAX_JSON:
-                raise BundleError(f"{file} has {size:,} bytes; expected at most {MAX_JSON:,}: export the model again")
-            text = file.read_text(encoding="utf-8")
+            data = read_json(file)
         except UnicodeDecodeError as error:
             raise BundleError(f"{file} is not text; export the model again") from error
-        bundle = cls(folder, Manifest.from_json(text))
+        except ValueError as error:
+            raise BundleError(f"{file} is not a bundle's manifest ({error}); export the model again") from error
+        bundle = cls(folder, Manifest.from_dict(data))
         bundle.path(MANIFEST_NAME)
         return bundle
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The variants that it holds, by name: what `Pipeline.load` takes as ``precision``."""
+        return tuple(self.manifest.graphs)
+
+    def size(self, precision: str | None = None) -> int:
+        """Bytes of the files that the manifest lists: all, or those of a precision's graphs. Engines are not among them."""
+        graphs = self.manifest.precision_graphs(precision).values() if precision else ()
+        names = {file for graph in graphs for file in graph.files} if precision else self.manifest.files
+        return sum(self.manifest.files[name].size for name in names)
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.folder)!r}, {', '.join(self.precisions)}, {self.size() / 1e6:.1f} MB)"
 
     def path(self, name: str) -> Path:
         """Absolute path of a file of the bundle, checked to lie inside it."""

@@ -55,6 +55,11 @@ def save_all(pictures: Iterable[tuple[Image.Image, Path, Mapping[str, Any]]]) ->
         raise
 
 
+def about(image: Image.Image) -> dict[str, Any]:
+    """How an image was made that a pipeline made: its ``info``, JSON-ready."""
+    return {str(name): value for name, value in image.info.items()}
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What :func:`save_png` put into a file; None where it is not a whole PNG of ours."""
     try:

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from arinar.class_names import UNCONDITIONAL
 from arinar.config import ArinarConfig
 from arinar.schedule import Step, check_cfg_schedule, guidance_at, steps
 from arinar.text import shown
+from arinar.values import is_whole, number
 
 from .bundle import Defaults
 from .known import Known
 from .labels import Labels
 from .noise import Noise, check_seed
-from .values import is_whole, number
 
 # Images of a micro-batch where the caller does not say: about this many tokens at a time.
 DEFAULT_BATCH_TOKENS = 1024
@@ -138,10 +139,12 @@ class Sampling:
             if not isinstance(known, Known):
                 raise ValueError(f"known is {shown(known)}; expected a Known of len(labels) images")
             known.check(len(ids), config)
+        scales = per_label("guidance_scale", scale, len(ids), 1.0)
+        scales[ids.ids == UNCONDITIONAL] = 1.0  # both branches would be the same
         return cls(
             config=config,
             classes=ids,
-            guidance_scale=per_label("guidance_scale", scale, len(ids), 1.0),
+            guidance_scale=scales,
             temperature=per_label("temperature", heat, len(ids), 0.0, strict=True),
             cfg_schedule=check_cfg_schedule(defaults.cfg_schedule if cfg_schedule is None else cfg_schedule),
             num_iter=check_num_iter(num_iter, defaults.num_iter, config),

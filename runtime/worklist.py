@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from arinar.class_names import UNCONDITIONAL, Classes
 from arinar.files import check_folder, sweep
 
-from .bundle import MANIFEST_NAME, file_sha256
 from .images import read_metadata, read_png, save_all
 from .pipeline import Pipeline, Progress
-from .request import Sampling
+
+#: Of a class's name in a file's.
+MOST_LETTERS = 60
 
 
 class Worklist:
-    """Image i of ``labels`` becomes ``out/00000i.png``; files made with the same settings are kept.
+    """Image i of ``labels`` becomes ``out/00000i-LABEL-NAME.png``; files made with the same settings are kept.
 
     Raises ValueError for bad sampling arguments, a folder that cannot be written to, or files in the way that other
     settings made (unless ``overwrite``).
@@ -44,8 +47,9 @@ class Worklist:
         self.out = Path(out)
         _writable(self.out)
         digits = max(6, len(str(len(labels) - 1)))
-        self.paths = [self.out / f"{index:0{digits}d}.png" for index in range(len(labels))]
-        self.metadata = metadata_of(pipeline, self.sampling)
+        named = (file_words(label, pipeline.classes) for label in self.labels)
+        self.paths = [self.out / f"{index:0{digits}d}-{words}.png" for index, words in enumerate(named)]
+        self.metadata = pipeline.metadata(self.sampling)
         self.missing: list[int] = []
         for index, path in enumerate(self.paths):
             if not path.exists():
@@ -58,6 +62,13 @@ class Worklist:
                 raise ValueError(
                     f"{path} is there already and was made with other settings; choose another folder, or --overwrite"
                 )
+
+    def prepare(self) -> None:
+        """Load what the first micro-batch runs, which else is a part of its time."""
+        if self.missing:
+            first = self.missing[: self.sampling.size]
+            guided = bool((self.sampling.guidance_scale[first] != 1.0).any())
+            self.pipeline.loop.prepare(guided, self.sampling.batch_size or len(first))
 
     def run(self, on_step: Callable[[Progress], object] | None = None) -> dict[str, float]:
         """Generate what is missing -> seconds by phase. Ctrl-C leaves all files there whose images were finished.
@@ -98,17 +109,12 @@ class Worklist:
         return [read_png(path, (side, side)) for path in self.paths]
 
 
-def metadata_of(pipeline: Pipeline, sampling: Sampling) -> list[dict[str, Any]]:
-    """What the files of a request's images say of how they were made."""
-    manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
-    made_by = {"seed": sampling.seed, "precision": pipeline.precision, "bundle": manifest[:16]}
-    labels = [  # as JSON reads them back
-        {str(key): weight for key, weight in label.items()} if isinstance(label, dict) else label
-        for label in sampling.classes.shown()
-    ]
-    return [
-        sampling.settings(row) | made_by | {"index": index, "label": labels[row]} for row, index in enumerate(sampling.indices)
-    ]
+def file_words(label: int | dict[int, float], classes: Classes) -> str:
+    """A label as a part of a file's name: ``207-golden-retriever``, ``5``, ``3+8``."""
+    if isinstance(label, dict):
+        return "+".join(map(str, label))
+    words = re.sub(r"[^0-9a-z]+", "-", classes.short(label).casefold())[:MOST_LETTERS].strip("-")
+    return words if label == UNCONDITIONAL or words == str(label) else f"{label}-{words}".rstrip("-")
 
 
 def _writable(folder: Path) -> None:

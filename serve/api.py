@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from arinar.class_names import Classes
 from arinar.reading import parse_json
 from arinar.runtime import Pipeline
 from arinar.runtime.request import Sampling
 from arinar.text import shown
 
-from .classes import Classes
 from .errors import invalid, of_value, unknown
 
 #: Images of one request.
@@ -52,7 +52,7 @@ class ImageRequest(BaseModel):
         None, description="A class: its id, or its name where that is one class's alone."
     )
     labels: Annotated[list[int], Field(min_length=1, max_length=MOST_IMAGES)] | None = Field(
-        None, description="Class ids, one for each image; in place of prompt and n."
+        None, description="Class ids, one for each image, -1 for none; in place of prompt and n."
     )
     n: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = Field(None, description="Images. [default: 1, or one a label]")
     size: str | None = Field(None, description="The model's own size, or auto.")
@@ -84,7 +84,7 @@ class ImageRequest(BaseModel):
         if self.prompt in (None, ""):
             raise invalid("prompt is missing; give a class id or name (or labels, a list of ids)", "prompt", "missing")
         try:
-            label = classes.label(self.prompt)
+            label = classes.label(self.prompt, "prompt")
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
         return [label] * (self.n or 1)

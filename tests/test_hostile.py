@@ -397,7 +397,7 @@ def test_every_entry_of_a_config_has_its_type_and_range(kind: Any) -> None:
         ({"class_names": [1, 2]}, "class_names holds 1; expected texts"),
         ({"class_names": ["x" * 100_000]}, "class_names holds 'x+...; expected texts of at most 1000"),
         ({"latent_scale": [0.1] * 15}, "latent_scale has 15 values; expected one number or 16"),
-        ({"latent_shift": [float("nan")] * 16}, "latent_shift is nan; expected a number"),
+        ({"latent_shift": [float("nan")] * 16}, "latent_shift is nan; expected a finite number"),
         ({"img_size": 32768}, "makes 4,194,304 tokens of an image; expected at most 65,536"),
         ({"outer": ["masked"]}, "outer is \\['masked'\\]; choose one of masked, causal"),
         ({"x" * 100_000: 1}, r"unknown entries x+\.\.\.; mistyped"),

@@ -23,11 +23,11 @@ pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 
 from served import JSON, Gate, Served, pixels, serving
 
+from arinar.class_names import Classes
 from arinar.config import PRESETS
 from arinar.runtime import Pipeline
-from arinar.runtime.edits import about_edit
+from arinar.runtime.editing import about_edit
 from arinar.serve import logs
-from arinar.serve.classes import Classes
 from arinar.serve.door import Limits
 from arinar.serve.keys import Keys
 
@@ -533,7 +533,7 @@ def test_prompts_name_classes() -> None:
         "crane": r"names several classes: give an id, 1 \(crane\), 3 \(crane\)",
         "CRANE": r"1 \(crane\), 2 \(Crane\), 3 \(crane\)",
         "german shepard, alsatian": r"close to it are 6 \(German shepherd, Alsatian\)",
-        "7": "prompt is 7; this model has classes 0..6",
+        "7": "label is 7; this model has classes 0..6",
         "\u0663": "no class of this model",
     }.items():
         with pytest.raises(ValueError, match=words):

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.text import shown
+from arinar.values import is_whole
 
 from ..bundle import BundleError
 
@@ -300,7 +301,7 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         raise NoGpuError("there is a driver but no NVIDIA GPU that this process may use (see CUDA_VISIBLE_DEVICES)")
     if error != codes.cudaSuccess:
         raise NoGpuError(f"the GPUs of this machine cannot be listed: {error_name(runtime, error)}")
-    if isinstance(device, bool) or not isinstance(device, int):
+    if not is_whole(device):
         raise ValueError(f"device is {shown(device)}; expected the index of a GPU, 0 for the first")
     if not 0 <= device < count:
         raise NoGpuError(f"device is {device}; this machine has GPUs 0..{count - 1}")
@@ -309,4 +310,4 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         raise NoGpuError(f"GPU {device} cannot be asked what it is: {error_name(runtime, error)}")
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
     capability = f"{properties.major}.{properties.minor}"
-    return DeviceInfo(device, name.rstrip("\0"), capability, int(properties.totalGlobalMem), driver)
+    return DeviceInfo(int(device), name.rstrip("\0"), capability, int(properties.totalGlobalMem), driver)

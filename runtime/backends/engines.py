@@ -23,9 +23,9 @@ from typing import Any
 
 from arinar.reading import check_regular, parse_json
 from arinar.text import shown
+from arinar.values import MOST_BYTES, conforming, entry, integer, mapping
 
 from ..bundle import Bundle, BundleError, file_sha256
-from ..values import MOST_BYTES, conforming, entry, integer, mapping
 
 ENGINES, ENGINE_SUFFIX, SIDECAR_SUFFIX = "engines", ".engine", ".json"
 SIDECAR_VERSION = 1
