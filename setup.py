@@ -37,7 +37,7 @@ setup(
     package_dir=package_dir,
     packages=list(package_dir),
     package_data={"arinar": ["py.typed", "imagenet_classes.txt", "weights/*.safetensors"], "arinar.serve": ["page.html"]},
-    install_requires=["numpy>=1.26", "pillow>=10", "click>=8.1", "tqdm>=4.66"],
+    install_requires=["numpy>=1.26", "pillow>=10.1", "click>=8.1", "tqdm>=4.66"],
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],

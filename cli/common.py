@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from arinar.text import printable
+
 if TYPE_CHECKING:
     from arinar.checkpoint import CheckpointInfo
     from arinar.model import Arinar
@@ -29,24 +31,52 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, sort_keys=True, default=str))
 
 
-def parse_labels(text: str) -> list[int]:
-    """`3`, `1,5,7`, `0-9`, and mixtures of them -> class ids."""
-    labels: list[int] = []
+def then(*commands: str) -> None:
+    """What a command ends with: what to do next, a line each."""
+    for place, command in enumerate(commands):
+        say(f"{'next:' if place == 0 else '     '} {command}")
+
+
+def parse_numbers(text: str) -> list[int]:
+    """`3`, `1,5,7`, `0-9`, and mixtures of them."""
+    return [number for part in text.split(",") for number in _range(part)]
+
+
+def parse_labels(text: str) -> list[int | str]:
+    """As `parse_numbers`; what is no number is a class's name, `-1` an image of no class."""
+    labels: list[int | str] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match is None:
-            raise click.BadParameter(f"{part!r} is not a class id or a range; write for example 207,360 or 0-9")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first > 1_000_000:
-            raise click.BadParameter(f"the range {part.strip()!r} runs backwards or is too long")
-        labels.extend(range(first, last + 1))
+        name = part.strip()
+        if name == "-1" or (name and not re.fullmatch(r"[\d\s-]+", name)):
+            labels.append(-1 if name == "-1" else name)
+        else:
+            labels.extend(_range(part))
     return labels
 
 
-class Labels(click.ParamType):  # type: ignore[type-arg]
-    name = "labels"
+def _range(part: str) -> range:
+    match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
+    if match is None:
+        raise click.BadParameter(f"{part!r} is not a number or a range; write for example 207,360 or 0-9")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first or last - first > 1_000_000:
+        raise click.BadParameter(f"the range {part.strip()!r} runs backwards or is too long")
+    return range(first, last + 1)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        return value if isinstance(value, list) else parse_numbers(value)
+
+
+class Labels(click.ParamType):  # type: ignore[type-arg]
+    """Class ids, and names, which only a model can tell: `Pipeline.resolve` finds them."""
+
+    name = "labels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int | str]:
         return value if isinstance(value, list) else parse_labels(value)
 
 
@@ -174,6 +204,7 @@ def load_models(checkpoint: str, vae: str | None = None, **options: Any) -> tupl
         if checkpoint not in DEMO_MODELS:
             raise click.UsageError("--vae is missing: name the file of the autoencoder (the published one is kl16.ckpt)")
         vae = checkpoint
+    say(f"reading {printable(checkpoint, 200)}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = load_arinar(checkpoint, **_as_arguments(**options))
@@ -202,15 +233,34 @@ def open_pipeline(
     low_memory: bool,
     no_cuda_graphs: bool,
 ) -> Pipeline:
-    """Load a bundle. Options as RUNTIME gives them."""
+    """Load a bundle, and tell what runs where. Options as RUNTIME gives them."""
+    say(f"opening {printable(bundle, 200)}")
     from arinar.runtime import Pipeline
     from arinar.runtime.backends import backend_options
 
     # What is not asked for is the backend's own affair: it may not have the option.
-    options = without_none({"threads": threads, "low_memory": low_memory or None})
+    options: Any = without_none({"threads": threads, "low_memory": low_memory or None})
     if no_cuda_graphs and (backend is None or "cuda_graphs" in backend_options(backend)):  # else there are none anyway
         options["cuda_graphs"] = False
-    return Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    say(running(pipeline))
+    return pipeline
+
+
+def running(pipeline: Pipeline) -> str:
+    """Which precision runs on what, and which of the bundle's others are faster there."""
+    from arinar.schemes import SCHEMES
+
+    manifest, name = pipeline.bundle.manifest, pipeline.backend.name
+    kind = "cpu" if pipeline.backend.synchronous else "gpu"
+
+    def faster(precision: str) -> bool:
+        scheme = SCHEMES[manifest.scheme(precision)]
+        return kind in scheme.faster_on and name in scheme.runs_on
+
+    others = [precision for precision in manifest.graphs if faster(precision) and precision != pipeline.precision]
+    hint = f"; faster here: {', '.join(f'--precision {other}' for other in others)}" if others else ""
+    return f"precision {pipeline.precision} on {name}{'' if faster(pipeline.precision) else hint}"
 
 
 def provenance(checkpoint: str, vae: str | None, info: CheckpointInfo) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import RUNTIME, SAMPLING, Labels, open_pipeline, print_json
+from .common import RUNTIME, SAMPLING, Labels, open_pipeline, print_json, then
 from .group import main
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def edit(
     box: tuple[int, ...] | None,
     outpaint: bool,
     grow: int,
-    labels: list[int],
+    labels: list[int | str],
     per_label: int,
     resize: bool,
     no_paste: bool,
@@ -118,7 +118,7 @@ def edit(
         print_json(
             {
                 "images": [str(path) for path in paths],
-                "labels": wanted,
+                "labels": edits.sampling.classes.shown(),
                 "seed": options["seed"],
                 "generated_tokens": edits.unknown,
                 "timings": timings,
@@ -129,6 +129,7 @@ def edit(
     else:
         where = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
         click.echo(f"{where}: {edits.unknown} of {pipeline.config.seq_len} tokens are new")
+        then(f"look at {paths[0]} (--grow 1 takes more of what is around the mask, another --seed makes others)")
 
 
 def _paths(out: Path, count: int, overwrite: bool) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .common import read_config, say, without_none
+from .common import read_config, say, then, without_none
 from .group import main
 
 
@@ -41,7 +41,7 @@ def train(
     overwrite: bool,
     **given: Any,
 ) -> None:
-    """Train a model (or with VAE as the first argument, its autoencoder), starting or resuming.
+    """Train a model, or with VAE as the first argument an autoencoder.
 
     Ctrl-C saves the training's state beside the checkpoint; the same command goes on from there, and ends with the
     same weights as if it had not been interrupted.
@@ -75,6 +75,14 @@ def train(
         sys.exit(130)
     held_out = "" if result.held_out is None else f", held-out loss {result.held_out:.4f} at step {result.best_step}"
     click.echo(f"{out}: {result.parameters:,} parameters{held_out}")
+    if what == "vae":
+        then(f"arinar train model --config {config} --data {data} --vae {out} -o model.safetensors")
+    else:
+        coder = vae or "digits"
+        then(
+            f"arinar export {out} --vae {coder} -o bundle/",
+            "arinar generate bundle/ --labels 0 -o out/   (docs/train.md: what to do where the pictures are bad)",
+        )
 
 
 @main.command()
@@ -94,7 +102,7 @@ def init(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Write a checkpoint with random weights: for measuring speed and memory, not for pictures.
+    """Write a checkpoint with random weights, to measure speed and memory with.
 
     \b
     Example:  arinar init --preset base -o base.safetensors --vae-out kl16.safetensors
@@ -141,3 +149,4 @@ def _write_random(preset: str, out: Path | None, vae_out: Path | None, seed: int
         vae = random_vae(preset, seed)
         save_vae(vae_out, vae, metadata=note)
         click.echo(f"{vae_out}: {sum(p.numel() for p in vae.parameters()):,} parameters")
+    then(f"arinar export {out or 'CHECKPOINT'} --vae {vae_out or 'VAE'} -o bundle/, then arinar bench bundle/")

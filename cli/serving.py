@@ -52,8 +52,9 @@ def serve(
     no_trial: bool,
     **options: Any,
 ) -> None:
-    """Serve a bundle over HTTP: OpenAI's image routes, and a page to try it in a browser. Ctrl-C ends it when what was begun is
-    finished; a second one at once.
+    """Serve a bundle over HTTP: OpenAI's routes, and a page to try it.
+
+    Ctrl-C ends it when what was begun is finished; a second one at once.
 
     \b
     Example:  arinar serve bundle/

@@ -10,7 +10,7 @@ from PIL import Image
 
 from .editing import Mask, as_pixels, token_mask
 from .images import about, save_all
-from .pipeline import Pipeline, Progress
+from .pipeline import Label, Pipeline, Progress
 
 
 class Edits:
@@ -27,14 +27,14 @@ class Edits:
         pipeline: Pipeline,
         picture: Image.Image,
         anew: Mask,
-        labels: list[int],
+        labels: Sequence[Label],
         paths: Sequence[Path],
         *,
         grow: int = 0,
         paste: bool = True,
         **sampling: Any,
     ) -> None:
-        self.pipeline, self.labels, self.paths, self.anew = pipeline, labels, list(paths), anew
+        self.pipeline, self.labels, self.paths, self.anew = pipeline, list(labels), list(paths), anew
         self.sampling = pipeline.resolve(labels, **sampling)
         self.arguments = sampling | {"grow": grow, "paste": paste}
         self.pixels = as_pixels(picture, pipeline.config.img_size, resize=True)

@@ -139,7 +139,7 @@ def check_ids(labels: Any, config: ArinarConfig, least: int = UNCONDITIONAL) -> 
 def _shares(name: str, label: Any, config: ArinarConfig) -> dict[int, float]:
     """The classes of an image that have a weight, in the order of their ids, and their shares of the sum."""
     if is_whole(label):
-        label = {label: 1.0}
+        return {int(check_ids([label], config)[0]): 1.0}
     if not isinstance(label, Mapping) or not label or not all(is_whole(key) for key in label):
         raise ValueError(f"{name} is {shown(label)}; expected a class id, or weights by class id: {{3: 0.5, 8: 0.5}}")
     for key in label:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from arinar.class_names import UNCONDITIONAL, Classes
 from arinar.files import check_folder, sweep
 
 from .images import read_metadata, read_png, save_all
-from .pipeline import Pipeline, Progress
+from .pipeline import Label, Pipeline, Progress
 
 #: Of a class's name in a file's.
 MOST_LETTERS = 60
@@ -30,7 +30,7 @@ class Worklist:
     def __init__(
         self,
         pipeline: Pipeline,
-        labels: list[int],
+        labels: Sequence[Label],
         out: str | os.PathLike[str],
         *,
         seed: int = 0,
@@ -50,18 +50,19 @@ class Worklist:
         named = (file_words(label, pipeline.classes) for label in self.labels)
         self.paths = [self.out / f"{index:0{digits}d}-{words}.png" for index, words in enumerate(named)]
         self.metadata = pipeline.metadata(self.sampling)
-        self.missing: list[int] = []
+        there, self.missing = _numbered(self.out), list[int]()
+        self._replaced: list[Path] = []  # image i of other labels
         for index, path in enumerate(self.paths):
-            if not path.exists():
-                self.missing.append(index)
-            elif read_metadata(path) == self.metadata[index]:
+            found = there.get(_number(path), [])
+            others = [other for other in found if other != path]
+            if not others and path in found and read_metadata(path) == self.metadata[index]:
                 continue
-            elif overwrite:
-                self.missing.append(index)
-            else:
+            if found and not overwrite:
                 raise ValueError(
-                    f"{path} is there already and was made with other settings; choose another folder, or --overwrite"
+                    f"{found[0]} is there already and was made with other settings; choose another folder, or --overwrite"
                 )
+            self.missing.append(index)
+            self._replaced += others
 
     def prepare(self) -> None:
         """Load what the first micro-batch runs, which else is a part of its time."""
@@ -85,6 +86,7 @@ class Worklist:
                     done = [indices[row] for row in progress.rows]
                     given = ([part[index] for index in done] for part in (self.paths, self.metadata))
                     save_all(zip(progress.preview(), *given, strict=True))
+                    self._remove_replaced({_number(self.paths[index]) for index in done})
 
             made = self.pipeline.generate(
                 [self.labels[index] for index in indices],
@@ -103,10 +105,29 @@ class Worklist:
         self.missing = []
         return timings
 
+    def _remove_replaced(self, numbers: set[str]) -> None:
+        """Image i of other labels has another name: it goes when its successor is there."""
+        for path in [path for path in self._replaced if _number(path) in numbers]:
+            path.unlink(missing_ok=True)
+            self._replaced.remove(path)
+
     def images(self) -> list[Image.Image]:
         """All images of the list, read back from the folder."""
         side = self.pipeline.config.img_size
         return [read_png(path, (side, side)) for path in self.paths]
+
+
+def _number(path: Path) -> str:
+    """What the name of an image's file begins with."""
+    return path.stem.partition("-")[0]
+
+
+def _numbered(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder that are images of a list, by their number."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("[0-9]*.png")):
+        found.setdefault(_number(path), []).append(path)
+    return found
 
 
 def file_words(label: int | dict[int, float], classes: Classes) -> str:

@@ -46,8 +46,8 @@ def test_generate_writes_numbered_files_with_metadata_and_a_grid(digits_bundle: 
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["labels"] == [3, 3, 5, 5] and report["made"] == 4 and report["timings"]["total"] > 0
-    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
-    metadata = read_metadata(out / "000002.png")
+    assert sorted(p.name for p in out.iterdir()) == ["000000-3.png", "000001-3.png", "000002-5.png", "000003-5.png", "grid.png"]
+    metadata = read_metadata(out / "000002-5.png")
     assert metadata is not None and metadata["label"] == 5 and metadata["seed"] == 4 and metadata["index"] == 2
     with Image.open(out / "grid.png") as grid:
         assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
@@ -57,10 +57,10 @@ def test_generate_resumes_and_refuses_files_made_otherwise(digits_bundle: Path, 
     words = ("generate", digits_bundle, "--labels", "0-5", "-o", tmp_path, "--batch-size", 2)
     assert arinar(*words).exit_code == 0
     first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    (tmp_path / "000003.png").unlink()
-    (tmp_path / "000004.png").write_bytes(first["000004.png"][:100])  # half written by something else
-    fails(arinar(*words), 2, "000004.png", "other settings", "--overwrite")
-    (tmp_path / "000004.png").unlink()
+    (tmp_path / "000003-3.png").unlink()
+    (tmp_path / "000004-4.png").write_bytes(first["000004-4.png"][:100])  # half written by something else
+    fails(arinar(*words), 2, "000004-4.png", "other settings", "--overwrite")
+    (tmp_path / "000004-4.png").unlink()
     result = arinar(*words)
     assert result.exit_code == 0 and "4 of 6 images are already" in result.output
     again = {p.name: np.asarray(Image.open(p)).astype(int) for p in tmp_path.iterdir()}
@@ -69,9 +69,9 @@ def test_generate_resumes_and_refuses_files_made_otherwise(digits_bundle: Path, 
     assert arinar(*words[:4], "-o", reference, "--batch-size", 2).exit_code == 0
     for name, pixels in again.items():
         assert np.abs(pixels - np.asarray(Image.open(reference / name)).astype(int)).max() <= 1
-    fails(arinar(*words, "--seed", 1), 2, "000000.png", "other settings")
+    fails(arinar(*words, "--seed", 1), 2, "000000-0.png", "other settings")
     assert arinar(*words, "--seed", 1, "--overwrite").exit_code == 0
-    assert (tmp_path / "000000.png").read_bytes() != first["000000.png"]
+    assert (tmp_path / "000000-0.png").read_bytes() != first["000000-0.png"]
 
 
 def test_generate_with_low_memory_makes_the_same_files(digits_bundle: Path, tmp_path: Path) -> None:
