@@ -52,6 +52,8 @@ setup(
         # `arinar serve`; the same under Ray Serve, in several replicas.
         "serve": SERVE,
         "ray": [*SERVE, "ray[serve]>=2.60"],
+        # The documentation as a site: `mkdocs serve`.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
             *EXPORT,
             *DEMO,

@@ -66,7 +66,8 @@ class ArinarGroup(click.Group):
         try:
             with sigterm_raises():
                 return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort):  # click's own way out (--help, Ctrl-C at a prompt); RuntimeErrors
+        # click's own way out (--help, Ctrl-C at a prompt; RuntimeErrors); who reads the output has enough of it (| head).
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except ModuleNotFoundError as error:
             extra = INSTALL_HINTS.get((error.name or "").split(".")[0])
@@ -127,7 +128,7 @@ def fail(message: str, code: int) -> None:
 @click.group(cls=ArinarGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="arinar")
 def main() -> None:
-    """Put ARINAR models into production: train, export, generate, and prove that it is still the same model.
+    """Put ARINAR and MAR models into production, and prove that they are still the same models.
 
     \b
     See it work:     arinar demo

@@ -109,7 +109,7 @@ def test_the_command_works_and_makes_the_same_image(environment: Path, digits_bu
     arinar = environment / "bin" / "arinar"
     assert "generate" in run(arinar, "--help", cwd=tmp_path)
     bundle = shutil.copytree(digits_bundle, tmp_path / "bundle")
-    assert "outer_step" in run(arinar, "inspect", "bundle", cwd=tmp_path)
+    assert "outer_step" in run(arinar, "inspect", "bundle", "--graphs", cwd=tmp_path)
     run(arinar, "generate", "bundle", "--labels", 3, "-o", "out", cwd=tmp_path)
     from click.testing import CliRunner
 
