@@ -11,6 +11,7 @@ profiles, which follow from the graph's symbolic axes, the numbers of images, an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import itertools
@@ -422,8 +423,9 @@ def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, sa
         return info
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        for folder in (path.parent, path.parent.parent):  # of the key, of all engines
+            with contextlib.suppress(OSError):  # there are others in it
+                folder.rmdir()
 
 
 __all__ = ["DEFAULT_BATCH", "Outcome", "axis_ranges", "build_engines", "describe_gpu", "probe", "profiles"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_bundles import TINY, TINY_CAUSAL, TINY_MAR, tiny_bundle, tiny_model
 
+import arinar
 from arinar.cli import main
 from arinar.config import PRESETS
 from arinar.export import engine as engine_module
@@ -131,6 +135,43 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "fake_trt.py").write_text(FAKE)
     monkeypatch.syspath_prepend(folder)
     return "fake_trt"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of other systems")
+def test_sigterm_in_the_middle_of_a_build_leaves_no_litter(tmp_path: Path) -> None:
+    """What was built before stays, the child is gone, and nothing half-written lies about."""
+    (tmp_path / "library").mkdir()
+    hang = 'open(os.environ["CHILD"], "w").write(str(os.getpid()))'
+    talk = """print('\\narinar-build: {"progress": "half way"}', flush=True)"""
+    fake = FAKE.replace("            time.sleep(60)", f"            {hang}; {talk}; time.sleep(600)")
+    (tmp_path / "library" / "tensorrt.py").write_text(fake)
+    bundle = make_bundle(tmp_path / "bundle", {"first": "quick", "second": "hang"})
+    root = Path(arinar.__file__).parent.parent
+    places = os.pathsep.join([str(tmp_path / "library"), str(root)])
+    words = ["build", str(bundle.folder), "--precision", "fp16", "--compute-capability", "8.0"]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "arinar", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": places, "CHILD": str(tmp_path / "child")},
+    )
+    assert command.stderr is not None
+    said = ""
+    for line in command.stderr:
+        said += line
+        if "half way" in line:
+            assert any(path.name.startswith(".") for path in bundle.folder.rglob("*"))  # being written
+            command.terminate()
+            break
+    said += command.communicate(timeout=60)[1]
+    assert command.returncode == 143 and said.splitlines()[-1] == "arinar: error: terminated", said
+    assert [engine.info.graph for engine in list_engines(bundle)] == ["first"]
+    assert sorted(path.name for path in (bundle.folder / "engines").rglob("*.*")) == sorted(
+        [list_engines(bundle)[0].path.parent.name, "first.engine", "first.json"]
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
 
 
 def make_bundle(folder: Path, texts: dict[str, str]) -> Bundle:
