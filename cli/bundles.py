@@ -72,9 +72,9 @@ def export(
         return
     if calibration is not None:
         raise click.UsageError(f"--calibration is for {', '.join(QUANTIZED)}; {precision} has no use for it")
+    model, autoencoder = load_models(checkpoint, vae, **options)
     from arinar.export.bundle import export_bundle
 
-    model, autoencoder = load_models(checkpoint, vae, **options)
     manifest = export_bundle(
         model,
         autoencoder,

@@ -195,6 +195,7 @@ def read_config(text: str, kind: Any, presets: Mapping[str, Any]) -> Any:
 
 def load_models(checkpoint: str, vae: str | None = None, **options: Any) -> tuple[Arinar, AutoencoderKL]:
     """The model and its autoencoder; ``vae`` may be left out for a demo model. ``options``: CHECKPOINT's."""
+    say(f"starting PyTorch, reading {printable(checkpoint, 200)}")
     import warnings
 
     from arinar.checkpoint import load_arinar, load_vae
@@ -204,7 +205,6 @@ def load_models(checkpoint: str, vae: str | None = None, **options: Any) -> tupl
         if checkpoint not in DEMO_MODELS:
             raise click.UsageError("--vae is missing: name the file of the autoencoder (the published one is kl16.ckpt)")
         vae = checkpoint
-    say(f"reading {printable(checkpoint, 200)}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = load_arinar(checkpoint, **_as_arguments(**options))

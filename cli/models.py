@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from arinar.text import printable
+
 from .common import read_config, say, then, without_none
 from .group import main
 
@@ -51,6 +53,7 @@ def train(
               arinar train model --config digits --vae my-vae.safetensors -o my-digits.safetensors
               arinar train model --config my-config.json --data photos/ --vae kl16.ckpt -o mine.safetensors
     """
+    say(f"starting PyTorch, reading {printable(data, 200)}")
     from arinar import train as training
     from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 

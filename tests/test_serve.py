@@ -89,6 +89,13 @@ def test_a_picture_holds_what_it_takes_to_make_it_again(served: Served, tmp_path
     assert answer["data"][0]["b64_json"] == datum["b64_json"]
 
 
+def test_an_image_of_no_class(served: Served, pipeline: Pipeline) -> None:
+    """It goes with unguided images, whatever guidance is asked for, and is the direct call's."""
+    (datum,) = served.generate(labels=[-1], seed=4, guidance_scale=3.0)[2]["data"]
+    assert datum["label"] == -1 and datum["class_name"] == "unconditional"
+    assert np.array_equal(pixels(datum), direct(pipeline, -1, 4))
+
+
 def test_labels_and_indices(served: Served, pipeline: Pipeline) -> None:
     data = served.generate(labels=[4, 9], seed=1, indices=[5, 0], prompt="", n=2)[2]["data"]
     assert [(datum["label"], datum["index"]) for datum in data] == [(4, 5), (9, 0)]
@@ -180,7 +187,7 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
         ({"labels": [3.5]}, "labels", "labels[0] is 3.5; it should be a valid integer"),
         ({"labels": [3, True]}, "labels", "labels[1] is True; it should be a valid integer"),
         ({"labels": [3, 12]}, "labels", "label 12 is out of range; this model has classes 0..9"),
-        ({"labels": [-1]}, "labels", "label -1 is out of range"),
+        ({"labels": [-2]}, "labels", "label -2 is out of range"),
         ({"labels": 3}, "labels", "labels is 3; it should be a valid list"),
         ({"labels": [3, 4], "n": 3}, "n", "n is 3 for 2 labels"),
         ({"prompt": "3", "n": 0}, "n", "n is 0; it should be greater than or equal to 1"),
