@@ -53,7 +53,7 @@ setup(
         "serve": SERVE,
         "ray": [*SERVE, "ray[serve]>=2.60"],
         # The documentation as a site: `mkdocs serve`.
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.11"],
         "dev": [
             *EXPORT,
             *DEMO,

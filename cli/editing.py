@@ -42,7 +42,12 @@ class Box(click.ParamType):  # type: ignore[type-arg]
 @click.option("--outpaint", is_flag=True, help="The box is what is kept; all around it is generated anew.")
 @click.option("--grow", type=int, default=0, show_default=True, help="Tokens more around what is generated anew.")
 @click.option(
-    "--label", "--labels", "labels", type=Labels(), required=True, help="Class of the new part, by id or name; several make several results."
+    "--label",
+    "--labels",
+    "labels",
+    type=Labels(),
+    required=True,
+    help="Class of the new part, by id or name; several make several results.",
 )
 @click.option("--per-label", type=click.IntRange(min=1), default=1, show_default=True, help="Results of each label.")
 @click.option("--resize", is_flag=True, help="Cut the picture to a square and resize it to the model's size first.")
