@@ -232,9 +232,10 @@ def open_pipeline(
     threads: int | None,
     low_memory: bool,
     no_cuda_graphs: bool,
+    tell: Callable[[str], None] = say,
 ) -> Pipeline:
     """Load a bundle, and tell what runs where. Options as RUNTIME gives them."""
-    say(f"opening {printable(bundle, 200)}")
+    tell(f"opening {printable(bundle, 200)}")
     from arinar.runtime import Pipeline
     from arinar.runtime.backends import backend_options
 
@@ -243,7 +244,7 @@ def open_pipeline(
     if no_cuda_graphs and (backend is None or "cuda_graphs" in backend_options(backend)):  # else there are none anyway
         options["cuda_graphs"] = False
     pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
-    say(running(pipeline))
+    tell(running(pipeline))
     return pipeline
 
 

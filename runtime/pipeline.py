@@ -32,7 +32,7 @@ from .request import Sampling
 from .state import State
 
 #: One label per image: a class's id or name, or weights by these.
-Label: TypeAlias = int | str | Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
+Label: TypeAlias = int | str | Mapping[Any, float]
 Wanted: TypeAlias = Sequence[Label] | npt.NDArray[np.integer[Any]]
 CLOSED = "this pipeline is closed; load the bundle again"
 

@@ -155,9 +155,9 @@ def test_progress(pipeline: Pipeline) -> None:
     [
         ([], "labels is empty"),
         ([10], "label 10 is out of range; this model has classes 0..9"),
-        ([-1], "label -1 is out of range"),
+        ([-2], "label -2 is out of range"),
         ([1.0], "labels is float64"),
-        (["3"], "labels is <U1"),
+        (["three"], r"labels\[0\] is 'three', no class of this model"),
         ([True], "labels is bool"),
         ([[1, 2]], r"with shape \(1, 2\)"),
         (3, r"with shape \(\)"),
