@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +37,19 @@ def print_json(data: Any) -> None:
 def then(*commands: str) -> None:
     """What a command ends with: what to do next, a line each."""
     for place, command in enumerate(commands):
-        say(f"{'next:' if place == 0 else '     '} {command}")
+        as_called = f"{program()} {command.removeprefix('arinar ')}" if command.startswith("arinar ") else command
+        say(f"{'next:' if place == 0 else '     '} {as_called}")
+
+
+def program() -> str:
+    """This command as it was called: an environment that is not activated has it on no path."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m arinar"
+    if called.name != "arinar":  # called from Python
+        return "arinar"
+    found = shutil.which("arinar")
+    return "arinar" if found is not None and os.path.samefile(found, called) else str(called)
 
 
 def parse_numbers(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from arinar.cli import main
-from arinar.cli.common import parse_labels, running
+from arinar.cli.common import parse_labels, program, running
 from arinar.runtime import Bundle, Pipeline
 from arinar.runtime.images import read_metadata
 
@@ -74,6 +75,18 @@ def test_shells_complete_commands_and_options(shell: str, monkeypatch: pytest.Mo
 def test_bash_takes_the_script() -> None:
     script = arinar("completion", "bash").output
     subprocess.run(["bash", "-euc", f"{script}\ntype _arinar_completion > /dev/null"], check=True)
+
+
+def test_what_comes_next_is_a_command_that_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "bin" / "arinar"
+    here.parent.mkdir()
+    here.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(here)])
+    assert program() == str(here)  # not on the path
+    monkeypatch.setenv("PATH", str(here.parent))
+    assert program() == "arinar"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/arinar/__main__.py"])
+    assert program() == f"{sys.executable} -m arinar"
 
 
 def test_generate_tells_the_precision_and_what_to_do_next(digits_bundle: Path, tmp_path: Path) -> None:
