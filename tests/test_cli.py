@@ -52,7 +52,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 def test_help_lists_every_command_whole() -> None:
     lines = arinar("--help").output
-    assert "..." not in lines and "Other:" not in lines
+    assert "..." not in lines.replace("[ARGS]...", "") and "Other:" not in lines
     places = [lines.index(f"\n  {name} ") for name in ("demo", "train", "export", "parity", "generate", "completion")]
     assert places == sorted(places)
     for name, command in main.commands.items():
