@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from cpu_kernels import SCHEDULES, CpuKernels, on_cpu, requires_compiler
 
-from arinar.runtime import gmm
+from arinar.runtime import Pipeline, gmm
 from arinar.runtime.kernels.source import DRAW_THREADS, MOST_GAUSSIANS, draw_source
 
 pytestmark = requires_compiler
@@ -59,7 +59,12 @@ def reference(
     exact = [np.asarray(value, np.float32).astype(np.float64) for value in (uniforms, guidance_scale, temperature)]
     mixtures = [None if m is None else tuple(m.astype(np.float32).astype(np.float64)) for m in (cond, uncond)]
     return gmm.sample(
-        mixtures[0], mixtures[1], exact[0][:, None], guidance_scale=exact[1], temperature=exact[2], num_candidates=num_candidates
+        mixtures[0],
+        mixtures[1],
+        exact[0][:, None],
+        guidance_scale=exact[1],
+        temperature=exact[2],
+        num_candidates=num_candidates,
     )
 
 
@@ -127,6 +132,29 @@ def test_the_law_of_the_draws_is_the_published_schemes(pairs: dict[str, Array], 
             )
             outside = ((quantile < low) & (level > tolerance)) | ((quantile > high) & (level < 1 - tolerance))
             assert not outside.any(), f"std scale {scale}, guidance {cfg}: pairs {np.nonzero(outside)[0]}"
+
+
+def test_draws_along_real_trajectories(demo_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mixture that guided digits are drawn from, features forced to be the graph's."""
+    pipeline = Pipeline.load(demo_bundle("digits"), backend="onnxruntime-cpu", threads=1, inner="stepwise", verify=False)
+    drawn: list[dict[str, Array]] = []
+    launch = pipeline.backend.launch
+
+    def spy(graph: str, inputs: Any, outputs: Any, rows: Any = None) -> None:
+        launch(graph, inputs, outputs, rows)
+        if graph == "mixture_sample_guided":
+            count = inputs["mu"].shape[0]
+            drawn.append({name: value.reshape(count, -1).copy() for name, value in inputs.items()})
+
+    monkeypatch.setattr(pipeline.backend, "launch", spy)
+    pipeline.generate([0, 1, 7], seed=3, num_iter=4, guidance_scale=3.0)
+    assert len(drawn) == 4 * pipeline.config.token_dim
+    stacked = {name: np.concatenate([inputs[name] for inputs in drawn]) for name in drawn[0]}
+    cond, uncond = (np.stack([stacked[f"{part}{suffix}"] for part in PARTS]) for suffix in ("", "_uncond"))
+    rest = [stacked[name][:, 0] for name in ("uniforms", "guidance_scale", "temperature")]
+    error = np.abs(draw(cond, uncond, *rest) - reference(cond, uncond, *rest))
+    print(f"{len(error)} draws, worst error {error.max():.2e}: draw {error.argmax()}")
+    assert error.max() < 5e-5
 
 
 @pytest.mark.parametrize("num_gaussians", [1, 2, 3, 8, MOST_GAUSSIANS])
@@ -203,7 +231,7 @@ def test_a_barrier_that_is_left_out_is_noticed(index: int) -> None:
     """Each of them is needed, and the orders of threads show it."""
     source = draw_source(4, 1000)
     text, place = source.text, barriers(source.text)[index]
-    broken = CpuKernels(text[:place] + text[place + len("__syncthreads();") :], source.headers)
+    broken = CpuKernels(text[:place] + text[place:].replace("__syncthreads()", "", 1), source.headers)
     cond, uncond = mixtures(3, 4, seed=8)
     uniforms = np.array([0.1, 0.6, 0.97])
 
