@@ -118,8 +118,8 @@ def test_draws_far_out(golden_mixtures: tuple[Array, Array]) -> None:
 
 
 def test_the_law_of_the_draws_is_the_published_schemes(pairs: dict[str, Array], golden_mixtures: tuple[Array, Array]) -> None:
-    """All golden pairs, scales and guidances, by the tolerance that belongs to them, |F(quantile) - level| <= 4 sqrt(0.25 / n +
-    cdf_se^2) with n = 1e5: draws at levels on either side of it enclose the quantile. A pair's level changes from pair to pair."""
+    """All golden pairs, scales and guidances, by the tolerance that belongs to them, |F(quantile) - level| <=
+    4 sqrt(0.25 / n + cdf_se^2) with n = 1e5: draws at levels on either side of it enclose the quantile. The level is another for each pair."""
     cond, uncond = golden_mixtures
     rows = np.arange(cond.shape[1])
     for scale_index, scale in enumerate(pairs["std_scale"]):

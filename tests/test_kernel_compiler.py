@@ -1,4 +1,4 @@
-"""Compiling and keeping the kernels: what is kept is used again, what is not right is made anew, and what is missing is said."""
+"""Compiling and keeping the kernels: what is kept is used again, what is not right made anew, what is missing said."""
 
 from __future__ import annotations
 
