@@ -11,7 +11,7 @@ from pathlib import Path
 from arinar import mixture_law
 
 FOLDER = Path(__file__).parent
-HEADERS = ("device.cuh",)
+HEADERS = ("device.cuh", "draw.cuh")
 #: Constants of the law that go to the kernels under the names that they have there.
 LAW = "CELLS_PER_GAUSSIAN REACH TABLE_NODES NODES EVEN_RANGE SOFT_MIN LOG_TW_MIN LOG_TW_MAX LOGIT_MAX MAX_LEAN TINY SMALL"
 #: Threads of a row's block: with the published four Gaussians, one for each cell.
