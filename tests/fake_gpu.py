@@ -26,6 +26,9 @@ from arinar.runtime.bundle import Bundle, GraphInfo, file_sha256
 STREAM = 7001
 CAPABILITY = "9.0"
 Operation = Callable[[], None]
+Function = Callable[[dict[str, np.ndarray], Sequence[str]], Sequence[np.ndarray]]
+#: By name: address, shape, dtype.
+Tensors = Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
 
 
 class cudaError_t(enum.IntEnum):
@@ -88,6 +91,27 @@ class FakeCudaRuntime:
 
     def enqueue(self, operation: Operation) -> None:
         (self.queue if self.captured is None else self.captured).append(operation)
+
+    def compute(self, function: Function, inputs: Tensors, outputs: Tensors) -> None:
+        """Enqueue a computation on arrays in device memory."""
+        for name, (address, shape, dtype) in {**inputs, **outputs}.items():
+            assert address, f"{name} has no address"
+            assert address % 256 == 0, f"{name} is not aligned"
+            self.block_of(address, math.prod(shape) * dtype.itemsize)
+
+        def array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            size = math.prod(shape)
+            return view(address, size * dtype.itemsize).view(dtype).reshape(shape) if size else np.empty(shape, dtype)
+
+        def run() -> None:
+            feeds = {name: array(*tensor).copy() for name, tensor in inputs.items()}
+            results = function(feeds, list(outputs))
+            for tensor, value in zip(outputs.values(), results, strict=True):
+                target = array(*tensor)
+                assert target.shape == value.shape and target.dtype == value.dtype
+                target[...] = value
+
+        self.enqueue(run)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -246,44 +270,15 @@ class CpuGraph:
     sessions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, path: str) -> None:
-        if path not in self.sessions:
+        self.path = path
+
+    def __call__(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> Sequence[np.ndarray]:
+        if self.path not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
-            self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.session = self.sessions[path]
-
-    def __call__(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        return self.session.run(list(outputs), feeds)
-
-
-Tensors = Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
-
-
-def compute(
-    runtime: FakeCudaRuntime,
-    function: Callable[[dict[str, np.ndarray], Sequence[str]], Sequence[np.ndarray]],
-    inputs: Tensors,
-    outputs: Tensors,
-) -> None:
-    """Enqueue a computation on arrays in device memory; tensors are (address, shape, dtype)."""
-    for name, (address, shape, dtype) in {**inputs, **outputs}.items():
-        assert address, f"{name} has no address"
-        assert address % 256 == 0, f"{name} is not aligned"
-        runtime.block_of(address, math.prod(shape) * dtype.itemsize)
-
-    def array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        size = math.prod(shape)
-        return view(address, size * dtype.itemsize).view(dtype).reshape(shape) if size else np.empty(shape, dtype)
-
-    def run() -> None:
-        feeds = {name: array(*tensor).copy() for name, tensor in inputs.items()}
-        results = function(feeds, list(outputs))
-        for tensor, value in zip(outputs.values(), results, strict=True):
-            target = array(*tensor)
-            assert target.shape == value.shape and target.dtype == value.dtype
-            target[...] = value
-
-    runtime.enqueue(run)
+            self.sessions[self.path] = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        results: Sequence[np.ndarray] = self.sessions[self.path].run(list(outputs), feeds)
+        return results
 
 
 # -------------------------------------------------------------------------------------------------------- TensorRT
@@ -399,7 +394,7 @@ class FakeContext:
         for name, (address, shape, _) in outputs.items():
             assert name in self.engine.aliases or not math.prod(shape) or address not in regions, f"{name} is over an input"
         self.engine.calls.append(("execute_async_v3", stream))
-        compute(self.runtime, self.engine.function, inputs, outputs)
+        self.runtime.compute(self.engine.function, inputs, outputs)
         return True
 
 
@@ -558,7 +553,7 @@ def fake_onnxruntime(runtime: FakeCudaRuntime, active: Sequence[str] = PROVIDERS
             assert entry in {("disable_synchronize_execution_providers", value) for value in "01"}
             if self.fail:
                 raise RuntimeError(self.fail)
-            compute(runtime, self.graph, dict(binding.inputs), dict(binding.outputs))
+            runtime.compute(self.graph, dict(binding.inputs), dict(binding.outputs))
 
     module.RunOptions, module.InferenceSession = RunOptions, InferenceSession
     module.SessionOptions = types.SimpleNamespace
