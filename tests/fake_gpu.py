@@ -92,25 +92,8 @@ class FakeCudaRuntime:
     def enqueue(self, operation: Operation) -> None:
         (self.queue if self.captured is None else self.captured).append(operation)
 
-    def compute(self, function: Function, inputs: Tensors, outputs: Tensors) -> None:
-        """Enqueue a computation on arrays in device memory."""
-        for name, (address, shape, dtype) in {**inputs, **outputs}.items():
-            assert address, f"{name} has no address"
-            assert address % 256 == 0, f"{name} is not aligned"
-            self.block_of(address, math.prod(shape) * dtype.itemsize)
-
-        def array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-            size = math.prod(shape)
-            return view(address, size * dtype.itemsize).view(dtype).reshape(shape) if size else np.empty(shape, dtype)
-
-        def run() -> None:
-            feeds = {name: array(*tensor).copy() for name, tensor in inputs.items()}
-            results = function(feeds, list(outputs))
-            for tensor, value in zip(outputs.values(), results, strict=True):
-                target = array(*tensor)
-                assert target.shape == value.shape and target.dtype == value.dtype
-                target[...] = value
-
+    def compute(self, function: Function, inputs: Tensors, run: Operation) -> None:
+        """A launch of a graph; a recorder does without computing it."""
         self.enqueue(run)
 
     def __getattribute__(self, name: str) -> Any:
@@ -281,6 +264,28 @@ class CpuGraph:
         return results
 
 
+def compute(runtime: FakeCudaRuntime, function: Function, inputs: Tensors, outputs: Tensors) -> None:
+    """Enqueue a computation on arrays in device memory."""
+    for name, (address, shape, dtype) in {**inputs, **outputs}.items():
+        assert address, f"{name} has no address"
+        assert address % 256 == 0, f"{name} is not aligned"
+        runtime.block_of(address, math.prod(shape) * dtype.itemsize)
+
+    def array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape)
+        return view(address, size * dtype.itemsize).view(dtype).reshape(shape) if size else np.empty(shape, dtype)
+
+    def run() -> None:
+        feeds = {name: array(*tensor).copy() for name, tensor in inputs.items()}
+        results = function(feeds, list(outputs))
+        for tensor, value in zip(outputs.values(), results, strict=True):
+            target = array(*tensor)
+            assert target.shape == value.shape and target.dtype == value.dtype
+            target[...] = value
+
+    runtime.compute(function, inputs, run)
+
+
 # -------------------------------------------------------------------------------------------------------- TensorRT
 
 
@@ -394,7 +399,7 @@ class FakeContext:
         for name, (address, shape, _) in outputs.items():
             assert name in self.engine.aliases or not math.prod(shape) or address not in regions, f"{name} is over an input"
         self.engine.calls.append(("execute_async_v3", stream))
-        self.runtime.compute(self.engine.function, inputs, outputs)
+        compute(self.runtime, self.engine.function, inputs, outputs)
         return True
 
 
@@ -553,7 +558,7 @@ def fake_onnxruntime(runtime: FakeCudaRuntime, active: Sequence[str] = PROVIDERS
             assert entry in {("disable_synchronize_execution_providers", value) for value in "01"}
             if self.fail:
                 raise RuntimeError(self.fail)
-            runtime.compute(self.graph, dict(binding.inputs), dict(binding.outputs))
+            compute(runtime, self.graph, dict(binding.inputs), dict(binding.outputs))
 
     module.RunOptions, module.InferenceSession = RunOptions, InferenceSession
     module.SessionOptions = types.SimpleNamespace

@@ -25,8 +25,8 @@ from .record import record
 #: What the kernels are counted by, said with the counts.
 COUNTED_BY = {
     "onnxruntime-cuda": "kernels: each node by itself, as arinar.measure.launches counts them",
-    "tensorrt": "kernels: by a model of TensorRT's fusions (benchmarks/launches/fusion.py), attention fused whatever the type of "
-    "its softmax",
+    "tensorrt": "kernels: by a model of TensorRT's fusions (benchmarks/launches/fusion.py), attention fused whatever its "
+    "softmax's type",
 }
 
 

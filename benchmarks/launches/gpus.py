@@ -58,8 +58,8 @@ def assumptions(gpu: Gpu) -> list[str]:
         f"{gpu.name}: {BANDWIDTH_SHARE * gpu.bandwidth / 1e12:.2f} TB/s ({BANDWIDTH_SHARE:.0%} of the peak), {rates} ({shares} "
         f"of the peaks); {gpu.source}",
         "every byte comes from the GPU's memory and goes there (none from a cache)",
-        "sum: launches, bytes and operations one after another, nothing overlaps; overlapped: the longer of the launches and of "
-        "the kernels, each of which takes the longer of its bytes and its operations",
+        "sum: launches, bytes and operations one after another; overlapped: the longer of the launches and of the kernels, "
+        "each of which takes the longer of its bytes and its operations",
     ]
 
 

@@ -8,16 +8,16 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from arinar.runtime import Bundle, Pipeline
-from arinar.runtime.backends.cuda import Cuda
+from arinar.runtime.backends.cuda import Cuda, DeviceBuffer
 from arinar.runtime.bundle import MANIFEST_NAME
-from tests.fake_gpu import FakeCudaRuntime, Function, Tensors, fake_onnxruntime, fake_tensorrt, make_engines
+from tests.fake_gpu import FakeCudaRuntime, Function, Operation, Tensors, fake_onnxruntime, fake_tensorrt, make_engines
 
 Shapes = Mapping[str, tuple[int, ...]]
 #: Backend -> the module that a fake stands for.
@@ -88,7 +88,7 @@ class RecordingRuntime(FakeCudaRuntime):
     def note(self, item: Item) -> None:
         (self.stretch.items if self._captured_items is None else self._captured_items).append(item)
 
-    def compute(self, function: Function, inputs: Tensors, outputs: Tensors) -> None:
+    def compute(self, function: Function, inputs: Tensors, run: Operation) -> None:
         self.computed += 1
         shapes = tuple((name, shape) for name, (_, shape, _) in inputs.items())
         self.note(Item("graph", function.path, shapes))  # type: ignore[attr-defined]
@@ -122,6 +122,29 @@ class RecordingRuntime(FakeCudaRuntime):
         self.stretch.items += self._graph_items[graph]
 
 
+class Driver:
+    """What loads kernels of our own, on the recording runtime: any code will do, it does not run."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[int, None]:
+        return 0, None
+
+    def cuModuleGetFunction(self, module: None, name: bytes) -> tuple[int, str]:
+        return 0, name.decode()
+
+
+class RecordingCuda(Cuda):
+    """Keeps launches of our own kernels by name. All buffers among their arguments count as read, once."""
+
+    driver: Any = Driver()
+
+    def launch_kernel(self, function: str, grid: Any, block: Any, arguments: Sequence[Any], *rest: Any, **more: Any) -> None:
+        read = sum(value.nbytes for value in arguments if isinstance(value, DeviceBuffer))
+        self.runtime.log.append(("cuLaunchKernel", function))
+        self.runtime.note(Item("kernel", function, nbytes=(read, 0)))
+
+
 def record(
     bundle: Bundle, backend: str, precision: str, batch: int, *, num_iter: int | None, guidance_scale: float, **options: Any
 ) -> Walk:
@@ -133,7 +156,7 @@ def record(
     runtime = RecordingRuntime()
     with _library(bundle, backend, precision, batch, runtime) as (folder, library):
         pipeline = Pipeline.load(
-            folder, backend=backend, precision=precision, cuda=Cuda(runtime=runtime), verify=False, **options
+            folder, backend=backend, precision=precision, cuda=RecordingCuda(runtime=runtime), verify=False, **options
         )
         labels = [i % pipeline.config.num_classes for i in range(batch)]
         sampling = pipeline.resolve(labels, num_iter=num_iter, guidance_scale=guidance_scale, batch_size=batch)
@@ -156,16 +179,17 @@ def _walk(pipeline: Pipeline, batch: Any, runtime: RecordingRuntime, library: An
         return stretch
 
     filled: list[Stretch] = []
-    execute = pipeline.backend.execute
+    backend: Any = pipeline.backend
+    execute = backend.execute
 
-    def first(*args: Any) -> None:
+    def first(*sequence: Any) -> None:
         """The first sequence of launches: what came before it is the filling."""
-        pipeline.backend.execute = execute  # type: ignore[method-assign]
+        backend.execute = execute
         filled.append(take())
-        execute(*args)
+        execute(*sequence)
 
     take()
-    pipeline.backend.execute = first  # type: ignore[method-assign]
+    backend.execute = first
     walk, steps = pipeline.loop.walk(batch), []
     for _ in walk:
         steps.append(take())
