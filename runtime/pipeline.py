@@ -104,8 +104,9 @@ class Pipeline:
         path : the bundle's folder.
         backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
         precision : which of the bundle's variants; None means fp32, or the only one.
-        inner : of a Gaussian mixture head, "fused" (the default: one graph for all features of a token) or "stepwise" (a
-            graph per feature, KV cache outside); a diffusion head is always "stepwise".
+        inner : of a Gaussian mixture head, "fused" (one graph for all features of a token) or "stepwise" (a graph per
+            feature, KV cache outside; on a GPU, draws by a kernel of ours); None: fused on a CPU, and on a GPU where the
+            kernel cannot be had. A diffusion head is always "stepwise".
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
         options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU (see the backends'
             classes).

@@ -36,6 +36,26 @@ class Rows:
         return images, branches
 
 
+class Draw(Protocol):
+    """One feature of M rows, drawn without a graph: into ``feature`` (N, 1), N = 2 M with guidance (both halves get the draw),
+    and into ``tokens`` (M, D) at a position.
+
+    mixture : weight, mu, logvar, each (N, K), conditional rows first. uniforms (M, U), guidance_scale (M,) or None where there
+    is no guidance, temperature (M,): float32, and their first axis may come as several.
+    """
+
+    def __call__(
+        self,
+        mixture: Mapping[str, Any],
+        uniforms: Any,
+        guidance_scale: Any | None,
+        temperature: Any,
+        feature: Any,
+        tokens: Any,
+        position: int,
+    ) -> None: ...
+
+
 class Backend(Protocol):
     """What the loop needs of an execution backend.
 
@@ -80,6 +100,9 @@ class Backend(Protocol):
 
     def forget(self, owner: Hashable) -> None:
         """The owner's buffers are about to go: drop what was recorded on them."""
+
+    def native_draw(self) -> Draw | None:
+        """What draws from Gaussian mixtures by the bundle's law in one launch; None where only graphs do."""
 
     def mark(self) -> Any:
         """A point in the work that was launched so far."""

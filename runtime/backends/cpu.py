@@ -108,6 +108,9 @@ class CpuBackend:
     def forget(self, owner: Hashable) -> None:
         pass
 
+    def native_draw(self) -> None:
+        return None
+
     def mark(self) -> None:
         pass
 

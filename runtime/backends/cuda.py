@@ -8,10 +8,12 @@ pass one that records. Reference: https://docs.nvidia.com/cuda/cuda-runtime-api/
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import math
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +265,44 @@ class Cuda:
         """Destroy an executable graph once it is not running any more."""
         self.synchronize()
         self.call("cudaGraphExecDestroy", graph)
+
+    # Kernels of our own, through the driver: it shares the device's context with the runtime.
+
+    @property
+    def driver(self) -> Any:
+        """`cuda.bindings.driver`, or what a test's runtime has as ``driver``; None where it has none: there are no kernels."""
+        if isinstance(self.runtime, types.ModuleType):
+            return importlib.import_module("cuda.bindings.driver")
+        return self.runtime.driver
+
+    def load_module(self, code: bytes, kernel: str) -> Any:
+        """A kernel of a cubin. It stays loaded as long as the process: recorded launches hold on to it."""
+        self.activate()
+        module = self.call_driver("cuModuleLoadData", code)
+        return self.call_driver("cuModuleGetFunction", module, kernel.encode())
+
+    def launch_kernel(
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[DeviceBuffer | int | float | None],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Enqueue a kernel. Buffers are passed as pointers, None as a null one, integers as int, others as float."""
+        kinds = {int: ctypes.c_int, float: ctypes.c_float}
+        values = tuple(value.pointer if isinstance(value, DeviceBuffer) else value or 0 for value in arguments)
+        ctypes_of = tuple(kinds.get(type(value), ctypes.c_void_p) for value in arguments)
+        self.call_driver("cuLaunchKernel", function, *grid, *block, shared_bytes, self.stream, (values, ctypes_of), 0)
+
+    def call_driver(self, name: str, *args: Any) -> Any:
+        """Call a function of the driver; its value. Raises CudaError."""
+        error, *values = getattr(self.driver, name)(*args)
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            _, code = self.driver.cuGetErrorName(error)
+            text = code.decode() if isinstance(code, bytes) else str(code)
+            raise CudaError(f"{name} failed: {text}. Errors of earlier launches may show up here")
+        return values[0] if values else None
 
 
 def load_runtime() -> Any:

@@ -4,6 +4,7 @@ Layout, written by `arinar build` (`arinar.export.engine`), read by the runtime;
 
     engines/<key>/<graph>.engine   the serialized engine
     engines/<key>/<graph>.json     its sidecar, an EngineInfo; written last: an engine without one is unfinished
+    engines/kernels/*.cubin        compiled kernels (`arinar.runtime.kernels.compiler`), for whatever GPU
 
 ``<key>`` is :func:`engine_key`: library and version, GPU architecture, precision. Engines of one bundle for several
 GPUs and versions therefore live side by side. What decides is the sidecar; the key only keeps them apart.
@@ -149,6 +150,11 @@ def build_command(bundle: Bundle, module: str, precision: str, version_compatibl
 
 def sidecar_path(engine: Path) -> Path:
     return engine.with_suffix(SIDECAR_SUFFIX)
+
+
+def kernel_folder(bundle: Bundle) -> Path:
+    """Where compiled kernels are kept."""
+    return bundle.folder / ENGINES / "kernels"
 
 
 def list_engines(bundle: Bundle, problems: list[str] | None = None) -> list[Engine]:

@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, BundleError, GraphInfo
+from ..kernels.compiler import KernelError
+from ..kernels.draw import DrawKernel, draw_kernel
 from .base import Array, Rows, merged
 from .cuda import Cuda, CudaError, DeviceBuffer
+from .engines import kernel_folder
 
 #: Launches recorded in one CUDA graph; longer sequences become several graphs, replayed in order. A launch is some
 #: hundred kernels, and graphs of many ten thousand nodes are slow to make and to upload.
@@ -212,6 +215,22 @@ class CudaBackend:
             self.cuda.synchronize()
             _destroy_all(self.cuda, {owner: owned})  # before the contexts and addresses that they use
             owned.bindings.clear()
+
+    def native_draw(self) -> DrawKernel | None:
+        """Where it cannot be had, a warning says why, and the graphs draw: many small launches in its place."""
+        manifest = self._bundle.manifest
+        if self.cuda.driver is None or manifest.config.head != "gmm":
+            return None
+        try:
+            return draw_kernel(
+                self.cuda,
+                manifest.config.num_gaussians,
+                manifest.law["num_candidates"],
+                kernel_folder(self._bundle),
+            )
+        except (KernelError, CudaError) as error:
+            warnings.warn(f"{self.name}: tokens are drawn by graphs, which is slower: {error}", RuntimeWarning, stacklevel=2)
+            return None
 
     def mark(self) -> Any:
         return self.cuda.record_event()
