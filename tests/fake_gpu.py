@@ -72,7 +72,7 @@ class FakeCudaRuntime:
         self.graph_sizes: list[int] = []
         self.fail: dict[str, Any] = {}  # function name -> the error that its next call returns
         self.handles = 100
-        self.driver: Any = None  # a `fake_driver.FakeDriver`, where kernels are to be launched
+        self.driver_api: Any = None  # a `fake_driver.FakeDriver`, where kernels are to be launched
 
     # Of the tests.
 

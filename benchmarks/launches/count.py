@@ -67,6 +67,8 @@ class GraphCounts:
             if item.kind != "graph":
                 if item.kind == "kernel":
                     phase = "draw" if "draw" in item.name else "head"
+                elif phase == "draw":
+                    phase = "head"  # a copy on the way to the next feature
                 count.add(phase, item.name, item.captured, Kernel(item.name, 1, *item.nbytes, {}, False))
                 continue
             name = self.graph_name(item)

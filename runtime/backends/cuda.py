@@ -270,10 +270,10 @@ class Cuda:
 
     @property
     def driver(self) -> Any:
-        """`cuda.bindings.driver`, or what a test's runtime has as ``driver``; None where it has none: there are no kernels."""
+        """`cuda.bindings.driver`, or what a test's runtime has as ``driver_api``; None where it has none: there are no kernels."""
         if isinstance(self.runtime, types.ModuleType):
             return importlib.import_module("cuda.bindings.driver")
-        return self.runtime.driver
+        return self.runtime.driver_api
 
     def load_module(self, code: bytes, kernel: str) -> Any:
         """A kernel of a cubin. It stays loaded as long as the process: recorded launches hold on to it."""
