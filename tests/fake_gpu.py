@@ -211,6 +211,10 @@ class FakeCudaRuntime:
     def cudaEventSynchronize(self, event: int) -> None:
         self.cudaStreamSynchronize(STREAM)
 
+    def cudaEventElapsedTime(self, first: int, second: int) -> float:
+        assert first < second
+        return 0.5
+
     def cudaEventDestroy(self, event: int) -> None:
         pass
 

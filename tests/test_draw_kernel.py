@@ -59,7 +59,12 @@ def reference(
     exact = [np.asarray(value, np.float32).astype(np.float64) for value in (uniforms, guidance_scale, temperature)]
     mixtures = [None if m is None else tuple(m.astype(np.float32).astype(np.float64)) for m in (cond, uncond)]
     return gmm.sample(
-        mixtures[0], mixtures[1], exact[0][:, None], guidance_scale=exact[1], temperature=exact[2], num_candidates=num_candidates
+        mixtures[0],
+        mixtures[1],
+        exact[0][:, None],
+        guidance_scale=exact[1],
+        temperature=exact[2],
+        num_candidates=num_candidates,
     )
 
 
