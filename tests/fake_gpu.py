@@ -26,6 +26,9 @@ from arinar.runtime.bundle import Bundle, GraphInfo, file_sha256
 STREAM = 7001
 CAPABILITY = "9.0"
 Operation = Callable[[], None]
+Function = Callable[[dict[str, np.ndarray], Sequence[str]], Sequence[np.ndarray]]
+#: By name: address, shape, dtype.
+Tensors = Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
 
 
 class cudaError_t(enum.IntEnum):
@@ -89,6 +92,10 @@ class FakeCudaRuntime:
 
     def enqueue(self, operation: Operation) -> None:
         (self.queue if self.captured is None else self.captured).append(operation)
+
+    def compute(self, function: Function, inputs: Tensors, run: Operation) -> None:
+        """A launch of a graph; a recorder does without computing it."""
+        self.enqueue(run)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -204,6 +211,10 @@ class FakeCudaRuntime:
     def cudaEventSynchronize(self, event: int) -> None:
         self.cudaStreamSynchronize(STREAM)
 
+    def cudaEventElapsedTime(self, first: int, second: int) -> float:
+        assert first < second
+        return 0.5
+
     def cudaEventDestroy(self, event: int) -> None:
         pass
 
@@ -247,26 +258,19 @@ class CpuGraph:
     sessions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, path: str) -> None:
-        if path not in self.sessions:
+        self.path = path
+
+    def __call__(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> Sequence[np.ndarray]:
+        if self.path not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
-            self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.session = self.sessions[path]
-
-    def __call__(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        return self.session.run(list(outputs), feeds)
+            self.sessions[self.path] = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        results: Sequence[np.ndarray] = self.sessions[self.path].run(list(outputs), feeds)
+        return results
 
 
-Tensors = Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
-
-
-def compute(
-    runtime: FakeCudaRuntime,
-    function: Callable[[dict[str, np.ndarray], Sequence[str]], Sequence[np.ndarray]],
-    inputs: Tensors,
-    outputs: Tensors,
-) -> None:
-    """Enqueue a computation on arrays in device memory; tensors are (address, shape, dtype)."""
+def compute(runtime: FakeCudaRuntime, function: Function, inputs: Tensors, outputs: Tensors) -> None:
+    """Enqueue a computation on arrays in device memory."""
     for name, (address, shape, dtype) in {**inputs, **outputs}.items():
         assert address, f"{name} has no address"
         assert address % 256 == 0, f"{name} is not aligned"
@@ -284,7 +288,7 @@ def compute(
             assert target.shape == value.shape and target.dtype == value.dtype
             target[...] = value
 
-    runtime.enqueue(run)
+    runtime.compute(function, inputs, run)
 
 
 # -------------------------------------------------------------------------------------------------------- TensorRT

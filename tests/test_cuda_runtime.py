@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import sys
@@ -769,49 +768,3 @@ def test_two_onnxruntime_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_module.onnxruntime_distribution() == "onnxruntime-gpu"
     monkeypatch.setattr(sys, "path", ["/a", "/b"])
     assert machine_module.onnxruntime_distribution() == "onnxruntime"
-
-
-# --------------------------------------------------------------------------------------------------- benchmarks.gpu
-
-
-def test_the_gpu_benchmark_runs_on_the_fake_gpu(
-    bundles: dict[str, Path], fake_machine: FakeCudaRuntime, trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every part of it but the exports and the child processes, ending in a table and a JSON file."""
-    pytest.importorskip("torch")
-    gpu_benchmark = pytest.importorskip("benchmarks.gpu")
-    monkeypatch.setattr(gpu_benchmark, "build_engines", lambda *args: None)  # they are there
-    monkeypatch.setattr(gpu_benchmark, "ROUNDS", 1)
-    report = gpu_benchmark.Report(tmp_path / "out" / "gpu.json", 1000.0)
-    with report.section("machine"):
-        report.data["machine"] = gpu_benchmark.machine()
-    assert report.data["machine"]["gpu"]["name"] == "Fake H200"
-    exports = gpu_benchmark.Exports(report, tmp_path, bundles)
-    exports.start("digits", "fp32")
-    gpu_benchmark.run(
-        report, exports, ("digits",), ("digits-causal",), "fp32", (1, 2), 3, 2.0, gpu=True, time_cpu=False, smoke=True
-    )
-    assert not report.data["failures"], report.data["failures"]
-    data = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert {(row["contender"], row["batch"]) for row in data["timings"]} == {
-        (name, batch) for name in ("pytorch", "tensorrt") for batch in (1, 2)
-    }
-    assert all(row["ms_per_image"] > 0 and row["ratio"] > 0 for row in data["timings"])
-    assert "no CUDA provider" in data["backends"]["onnxruntime-cuda digits"]
-    assert {(row["model"], row["backend"]) for row in data["parity"]} == {
-        ("digits", "onnxruntime-cpu"),
-        ("digits", "tensorrt"),
-        ("digits-causal", "tensorrt"),
-    }
-    assert all(row["passed"] for row in data["parity"])
-    assert "tensorrt" in gpu_benchmark.table(data["timings"])
-    with report.section("something that fails"):
-        raise OSError("no disk")
-    assert report.data["failures"][-1]["error"] == "OSError('no disk')"
-
-
-def test_the_onnxruntime_experiment(digits: Path, fake_machine: FakeCudaRuntime, ort: Any) -> None:
-    gpu_benchmark = pytest.importorskip("benchmarks.gpu")
-    result = gpu_benchmark.experiment(digits, "fp32")
-    assert result["repeatable"] and result["same_when_waiting"]
-    assert result["captured"] == {"largest_error": [0.0] * 4, "warnings": []}
