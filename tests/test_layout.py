@@ -42,7 +42,18 @@ TORCH_FREE = {
     *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),
     *(
         f"arinar.measure.{name}"
-        for name in ("bench", "bench_report", "charts", "checks", "cost", "distances", "features", "parity_report", "peaks")
+        for name in (
+            "bench",
+            "bench_report",
+            "charts",
+            "checks",
+            "cost",
+            "distances",
+            "features",
+            "launches",
+            "parity_report",
+            "peaks",
+        )
     ),
 }
 #: Room -> what it may import of the others: whole rooms, or single modules.
