@@ -342,7 +342,7 @@ def build(
     elif dry_run:
         for outcome in outcomes:
             click.echo(f"{outcome.graph}: {outcome.state}, {outcome.path}")
-            for name, (low, usual, high) in outcome.info.profiles.items():
+            for name, (low, usual, high) in (item for profile in outcome.info.profiles for item in profile.items()):
                 click.echo(f"  {name}: {low} .. {usual} .. {high}")
     else:
         size = sum(outcome.info.size for outcome in outcomes if outcome.state != "failed")
