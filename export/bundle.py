@@ -218,7 +218,8 @@ class _Variant:
             half = half_precision(model, HEADS[model.config.head].float32_islands)
             small = half_precision_vae(vae) if vae_precision == "fp16" else vae
             specs, cuda = graph_specs(half, small, law, opset), cuda_forms(half)
-            loose = {n for n, s in specs.items() if s.layered or (vae_precision == "fp16" and s.convolutional)}
+            halved = {n for n, s in specs.items() if vae_precision == "fp16" and s.convolutional}
+            loose = halved | {n for n, s in specs.items() if s.layered or s.phase == "first"}
             specs = {n: replace(s, atol=FP16_ATOL) if n in loose else s for n, s in specs.items()}
             cuda = {n: replace(s, atol=FP16_ATOL) for n, s in cuda.items()}
         return cls(specs, cuda, exact, model.config, precision, opset)

@@ -21,7 +21,7 @@ from arinar.head import wide
 from arinar.outer import Attention, Block, MaskedOuter
 
 from .onnx_edit import blank_unread_outputs
-from .steps import MaskedStep, attend, class_vectors, head_scale, layer_norm, split_heads
+from .steps import MaskedStep, attend, class_vectors, head_scale, split_heads
 from .trace import write_model
 
 DOMAIN = "com.microsoft"
@@ -66,7 +66,7 @@ class MaskedStepCuda(MaskedStep):
         visible, _ = skip_norm(tokens, positions, outer.z_proj.bias, outer.z_proj_ln)
         visible = self.per_branch(visible.unflatten(0, visible_positions.shape), branches, batch)  # (GB, V, C)
         prefix = class_vectors(self.wide_class_table, labels, mixed_labels, mixed_weights).to(self.dtype).flatten(0, 1)
-        prefix = self.norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)  # (GB, buffer, C)
+        prefix = norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)  # (GB, buffer, C)
         x = torch.cat([prefix, visible], 1).flatten(0, 1)  # (GB(buffer + V), C)
         encoded, _ = self.blocks(outer.encoder_blocks, x, rows, outer.encoder_norm)
 
@@ -84,16 +84,11 @@ class MaskedStepCuda(MaskedStep):
         out: Tensor = wide((z + F.embedding(target_positions, self.target_pos)).flatten(0, 2))
         return out
 
-    def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """In the tensor's own dtype, statistics in float32 (ONNX's stash_type)."""
-        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
     def blocks(self, modules: nn.ModuleList, x: Tensor, rows: int, after: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """x (N S, C) of N rows through blocks -> normed by what comes after them, and itself."""
         blocks = [module for module in modules if isinstance(module, Block)]
         norms = [*(block.norm1 for block in blocks), after]
-        normed = self.norm(x, norms[0])
+        normed = norm(x, norms[0])
         for block, following in zip(blocks, norms[1:], strict=True):
             attended = self_attention(normed.unflatten(0, (rows, -1)), block.attn).flatten(0, 1)
             normed, x = self.rest(block, attended, x, following)
@@ -127,21 +122,26 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def skip_norm(x: Tensor, skip: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def norm(x: Tensor, by: nn.LayerNorm) -> Tensor:
+    """LayerNorm in the tensor's own dtype; its statistics are in float32 all the same (ONNX's stash_type)."""
+    return F.layer_norm(x, by.normalized_shape, by.weight.to(x.dtype), by.bias.to(x.dtype), by.eps)
+
+
+def skip_norm(x: Tensor, skip: Tensor, bias: Tensor, by: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """x + skip + bias, each (rows, C) but for the bias (C,) -> its LayerNorm, and the sum itself."""
-    bias, gamma, beta = (part.to(x.dtype) for part in (bias, norm.weight, norm.bias))
     if torch.compiler.is_exporting():
+        gamma, beta = by.weight.to(x.dtype), by.bias.to(x.dtype)
         normed, _, _, total = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::SkipLayerNormalization",
             (x, skip, gamma, beta, bias),
-            {"epsilon": norm.eps},
+            {"epsilon": by.eps},
             dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
             shapes=(x.shape, (x.shape[0], 1), (x.shape[0], 1), x.shape),
             version=1,
         )
         return normed, total
     total = x + skip + bias
-    return layer_norm(total, norm), total
+    return norm(total, by), total
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

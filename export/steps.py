@@ -9,7 +9,9 @@ now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K
 the heads are in files of their own (`arinar.export.gmm_head`, `arinar.export.diffusion_head`).
 
 Half precision is written here, not left to a converter: weights and GEMMs run in the module's dtype, while norms,
-softmax, the mixture head and everything after it stay in float32.
+softmax, the mixture head and everything after it stay in float32. The casts around norms and softmax cost TensorRT nothing: it
+fuses them with what stands beside them, and attention into one kernel, whose first product then sums in float32 (without
+them in float16; read in engines of TensorRT-RTX, docs/gpu.md).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 #: Nodes whose result is a size, whatever their input holds.
 SIZES = frozenset({"Shape", "Size"})
 #: Nodes that make a tensor of a given size: one launch, though their inputs are sizes.
-MAKERS = frozenset({"ConstantOfShape", "EyeLike", "Range"})
+MAKERS = frozenset({"ConstantOfShape", "Expand", "EyeLike", "Range", "Tile"})
 #: Nodes of any number of inputs, taken two by two.
 PAIRWISE = frozenset({"Max", "Mean", "Min", "Sum"})
 

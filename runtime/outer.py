@@ -233,6 +233,7 @@ OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOute
 def keys_of(batch: Batch) -> list[list[Key]]:
     """What the images of each branch are of, [branch][image]: the class, further ones, their weights."""
     labels, others, weights = batch.classes.branches(batch.branches)
+    others = np.where(weights != 0, others, 0)  # what has no weight tells no classes apart
     pairs = np.moveaxis(others, 0, -1).tolist(), np.moveaxis(weights, 0, -1).tolist()
     return [
         [(label, tuple(several), tuple(shares)) for label, several, shares in zip(*rows, strict=True)]

@@ -28,7 +28,7 @@ from arinar.runtime.backends.onnxruntime_cuda import SHAPE_ARITHMETIC
 from arinar.runtime.bundle import GraphInfo
 
 #: Of a block, and of everything around the blocks.
-PER_BLOCK, AROUND = 9, 39
+PER_BLOCK, AROUND = 9, 40
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def plain_and_form(bundle: Bundle) -> tuple[GraphInfo, Any, Any]:
 
 
 def test_a_block_is_nine_launches(bundle: Bundle) -> None:
-    """At the published size 291 for 720; more would be a cost that nobody noticed."""
+    """At the published size 292 for 720; more would be a cost that nobody noticed."""
     _, plain, form = plain_and_form(bundle)
     blocks = TINY.encoder_depth + TINY.decoder_depth
     assert launches(form).total() <= AROUND + PER_BLOCK * blocks
