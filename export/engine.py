@@ -104,6 +104,7 @@ def build_engines(
     optimization_level: int | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     version_compatible: bool = False,
+    tf32: bool = True,
     compute_capability: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT,
     rebuild: bool = False,
@@ -126,6 +127,7 @@ def build_engines(
     timing_cache : folder that keeps measurements between builds, a file per library version and GPU.
     version_compatible : engines for later versions of the library too (larger, slower; not with tensorrt_rtx on a
         machine without a GPU).
+    tf32 : let the VAE's decoder, where it is float32, round the factors of its products to 10 bits of mantissa.
     compute_capability : architectures to build for, e.g. ("8.9", "12.0"), where the library can target others than
         this machine's (tensorrt_rtx). () means its default.
     timeout : seconds for one graph.
@@ -154,7 +156,6 @@ def build_engines(
     bundle.verify(sorted({file for name in names for file in (known[name].file, *known[name].weights)}))
     flags = {
         "strongly_typed": True,
-        "tf32": False,
         "workspace": workspace,
         "optimization_level": optimization_level,
         "version_compatible": version_compatible,
@@ -176,7 +177,7 @@ def build_engines(
             opset=known[name].opset,
             batch=batch,
             profiles=profiles(known[name], axes),
-            flags=flags,
+            flags=flags | {"tf32": tf32 and known[name].bears_tf32},
             gpu=gpu.name if gpu else "",
             driver=gpu.driver if gpu else "",
         )

@@ -83,6 +83,12 @@ class GraphKind:
         """Whether it is the autoencoder's."""
         return self.phase in ("decode", "encode") and not self.small
 
+    @property
+    def bears_tf32(self) -> bool:
+        """Whether float32 products with factors of 10 bits of mantissa do: what makes pixels, which they change by a grey
+        level (docs/gpu.md)."""
+        return self.phase == "decode" and self.convolutional
+
 
 @dataclass(frozen=True)
 class GraphInfo(GraphKind):

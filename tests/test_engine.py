@@ -193,6 +193,20 @@ def test_builds_into_the_bundle_with_sidecars(bundle: Bundle, fake: str) -> None
     assert any("first: building" in line for line in said)
 
 
+def test_products_of_the_decoder_alone_are_tf32(tmp_path: Path, fake: str) -> None:
+    bundle = make_bundle(tmp_path / "bundle", dict.fromkeys(("outer_step", "vae_decoder", "vae_encoder"), "fine"))
+    names = list(bundle.manifest.graphs["fp16"])
+    made = build_engines(bundle, module=fake, graphs=names)
+    assert {o.graph: "not TF32" in o.path.read_text() for o in made} == {
+        "outer_step": True,
+        "vae_decoder": False,
+        "vae_encoder": True,
+    }
+    without = build_engines(bundle, module=fake, graphs=names, tf32=False)
+    assert states(without) == {"outer_step": "reused", "vae_decoder": "built", "vae_encoder": "reused"}
+    assert all("not TF32" in o.path.read_text() for o in without)
+
+
 def test_what_has_not_changed_is_kept(bundle: Bundle, fake: str) -> None:
     first = build_engines(bundle, module=fake)
     assert states(build_engines(bundle, module=fake)) == dict.fromkeys(GRAPHS, "reused")

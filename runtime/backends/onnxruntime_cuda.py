@@ -56,8 +56,8 @@ class OnnxRuntimeCuda(CudaBackend):
     Parameters
     ----------
     cuda_graphs : capture the launches of a micro-batch and replay them. An experiment: see above.
-    tf32 : let fp32 matrix products round their factors to 10 bits of mantissa; faster, and no longer within the fp32
-        thresholds of the parity protocol.
+    tf32 : let fp32 products round their factors to 10 bits of mantissa: those of the VAE's decoder (None), of all graphs
+        (faster, and no longer within the fp32 thresholds of the parity protocol), of none.
     wait : wait for the GPU after every graph. Slower; only to find out whether a wrong result comes from not waiting.
     device : index of the GPU.
     log_severity : of ONNX Runtime, 0 (verbose) to 4 (fatal).
@@ -75,7 +75,7 @@ class OnnxRuntimeCuda(CudaBackend):
         precision: str,
         *,
         cuda_graphs: bool = False,
-        tf32: bool = False,
+        tf32: bool | None = None,
         wait: bool = False,
         device: int = 0,
         log_severity: int = 3,
@@ -94,12 +94,12 @@ class OnnxRuntimeCuda(CudaBackend):
             "device_id": str(device),
             "user_compute_stream": str(self.cuda.stream),
             "do_copy_in_default_stream": "1",
-            "use_tf32": "1" if tf32 else "0",
             "sdpa_kernel": ATTENTION_KERNELS,
             # The exhaustive search times every algorithm for every new shape, and what it picks varies between runs.
             "cudnn_conv_algo_search": "HEURISTIC",
         }
         # No wait at the end of a run: the loop waits once, when it downloads.
+        self._tf32 = tf32
         self._run_options, self._waiting = self._options_of_runs(wait), self._options_of_runs(True)
         self._runs: Counter[str] = Counter()
 
@@ -116,8 +116,10 @@ class OnnxRuntimeCuda(CudaBackend):
                 self._sessions[name] = self._session(name)
 
     def _session(self, graph: str) -> Any:
-        path = self._bundle.graph_path(self._info(graph), "cuda")
-        providers = [(PROVIDER, self._provider_options), "CPUExecutionProvider"]
+        info = self._info(graph)
+        path = self._bundle.graph_path(info, "cuda")
+        tf32 = info.bears_tf32 if self._tf32 is None else self._tf32
+        providers = [(PROVIDER, self._provider_options | {"use_tf32": str(int(tf32))}), "CPUExecutionProvider"]
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
