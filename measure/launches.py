@@ -43,7 +43,8 @@ KERNELS: dict[str, Callable[[NodeProto], int]] = {
     "ScatterElements": lambda node: 2,  # a copy of the data, then the updates
     "ScatterND": lambda node: 2,
     "TensorScatter": lambda node: 2,
-    # Of com.microsoft: product, bias with the split into heads, fused attention; without the product where it is given.
+    # Of com.microsoft: product, bias with the split into heads, fused attention; without the product where it is given. (Up
+    # to 256 keys, or where there are rows enough for all processors, no second kernel joins parts of the attention.)
     "com.microsoft::Attention": lambda node: 3,
     "com.microsoft::MultiHeadAttention": lambda node: 1 + (_given(node, 3) or not _given(node, 1)),
 }

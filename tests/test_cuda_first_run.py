@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
 
-from fake_gpu import FakeCudaRuntime, fake_onnxruntime, fake_tensorrt, make_engines
+from fake_gpu import FakeContext, FakeCudaRuntime, FakeEngine, fake_onnxruntime, fake_tensorrt, make_engines
 from tiny_bundles import TINY, tiny_bundle
 
 import arinar.runtime.backends as backends_module
+from arinar.export.engine import axis_ranges
 from arinar.runtime import Bundle, BundleError, Pipeline
 from arinar.runtime.backends import onnxruntime_cuda
 from arinar.runtime.backends.cuda import Cuda, CudaError, NoGpuError, device_info
@@ -134,8 +136,6 @@ def test_empty_tensors_have_addresses_of_their_own(folder: Path, runtime: FakeCu
 def test_an_unknown_size_of_scratch_memory_is_a_failure(
     folder: Path, runtime: FakeCudaRuntime, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fake_gpu import FakeContext
-
     def refuse(context: FakeContext) -> int:
         context.engine.logger.log("error", "shapes are not set")
         return 0
@@ -143,6 +143,36 @@ def test_an_unknown_size_of_scratch_memory_is_a_failure(
     monkeypatch.setattr(FakeContext, "update_device_memory_size_for_shapes", refuse)
     with pytest.raises(CudaError, match=r"no size of scratch memory for the shapes .*tensorrt says: shapes are not set"):
         gpu(folder, runtime, "tensorrt").generate(LABELS)
+
+
+def test_each_step_runs_in_a_profile_that_admits_it(
+    folder: Path, runtime: FakeCudaRuntime, trt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of masked models have several, by bands of visible tokens."""
+    bands = [axes["V"] for axes in axis_ranges(TINY, (1, 2, 4), 4, 4, least_visible=1)]
+    assert len(bands) == 4
+
+    def shapes(engine: FakeEngine, name: str, profile: int) -> list[tuple[int, ...]]:
+        axes = engine._tensor(name).shape
+        low, _, high = bands[profile]
+        least = tuple(size if isinstance(size, int) else low if size == "V" else 0 for size in axes)
+        most = tuple(size if isinstance(size, int) else high if size == "V" else 2**20 for size in axes)
+        return [least, least, most]
+
+    want = gpu(folder, runtime, "tensorrt").generate(LABELS, num_iter=8).tokens
+    monkeypatch.setattr(FakeEngine, "num_optimization_profiles", 4)
+    monkeypatch.setattr(FakeEngine, "get_tensor_profile_shape", shapes)
+    pipeline = gpu(folder, runtime, "tensorrt")
+    for _ in range(3):
+        assert np.array_equal(pipeline.generate(LABELS, num_iter=8).tokens, want)
+    assert {context.profile for context in trt.engines["outer_step"].contexts} == {0, 1, 2, 3}
+
+    def refuse(context: FakeContext, index: int, stream: int) -> bool:
+        raise RuntimeError("profile index out of range")
+
+    monkeypatch.setattr(FakeContext, "set_optimization_profile_async", refuse)
+    with pytest.raises(CudaError, match=r"graph 'outer_step': profile \d was refused \(profile index out of range\)"):
+        gpu(folder, runtime, "tensorrt").generate(LABELS, num_iter=8)
 
 
 # --------------------------------------------------------------------------------------------------- which device

@@ -204,8 +204,13 @@ class TensorRt(CudaBackend):
             context = engine.create_execution_context()
         if context is None:
             raise self._failure(f"graph {graph!r}: no execution context")
-        if profile and not context.set_optimization_profile_async(profile, self.cuda.stream):
-            raise self._failure(f"graph {graph!r}: profile {profile} was refused")
+        if profile:  # (a context has the first to begin with)
+            try:
+                taken = context.set_optimization_profile_async(profile, self.cuda.stream)
+            except Exception as error:  # some versions raise in place of returning False
+                raise self._failure(f"graph {graph!r}: profile {profile} was refused ({error})") from error
+            if not taken:
+                raise self._failure(f"graph {graph!r}: profile {profile} was refused")
         return context
 
     def _profile(self, graph: str, engine: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
