@@ -193,8 +193,9 @@ def cuda_path(path: Path) -> Path:
 
 
 def finish_cuda_form(path: Path) -> None:
-    """Leave out of a traced form the outputs that nobody reads: kernels would have to make them."""
+    """Name a traced form as its graph, and leave out of it the outputs that nobody reads: kernels would have to make them."""
     model = onnx.load(path, load_external_data=False)
+    model.graph.name = path.name.split(".")[0]
     blank_unread_outputs(model)
     write_model(model, path)
 
