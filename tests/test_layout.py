@@ -23,7 +23,6 @@ ROOMS = {
 PLAIN = {
     f"arinar.{name}"
     for name in (
-        "class_names",
         "config",
         "demo",
         "diffusion_law",
@@ -36,7 +35,6 @@ PLAIN = {
         "schedule",
         "schemes",
         "text",
-        "values",
     )
 }
 #: Modules that import neither torch nor the model, though their rooms do.
@@ -55,6 +53,7 @@ TORCH_FREE = {
             "launches",
             "parity_report",
             "peaks",
+            "plans",
         )
     ),
 }

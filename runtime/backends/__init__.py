@@ -57,10 +57,11 @@ def backend_options(name: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def obstacle(bundle: Bundle, precision: str, name: str) -> str | None:
+def obstacle(bundle: Bundle, precision: str, name: str, device: int = 0) -> str | None:
     """Why a backend cannot run a bundle's precision on this machine, in a line; None: it can. Never raises.
 
-    What is asked is whether package, device and (of TensorRT) engines are there, not whether they work.
+    ``device``: index of the GPU. What is asked is whether package, device and (of TensorRT) engines are there, not whether
+    they work.
     """
     try:
         if name not in SCHEMES[bundle.manifest.scheme(precision)].runs_on:
@@ -69,7 +70,7 @@ def obstacle(bundle: Bundle, precision: str, name: str) -> str | None:
             return None if onnxruntime_distribution() else f"ONNX Runtime is not installed; {install_hint('cpu')} installs it"
         from .cuda import device_info, load_runtime
 
-        capability = device_info(load_runtime()).compute_capability
+        capability = device_info(load_runtime(), device).compute_capability
         if name == "tensorrt":
             from .tensorrt import choose_module
 
@@ -83,14 +84,15 @@ def obstacle(bundle: Bundle, precision: str, name: str) -> str | None:
     return None
 
 
-def choose_backend(bundle: Bundle, precision: str, missing: list[str] | None = None) -> str:
+def choose_backend(bundle: Bundle, precision: str, missing: list[str] | None = None, device: int = 0) -> str:
     """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else the CPU.
 
-    Never raises: what is missing or broken is passed over, and told to ``missing``, a reason each.
+    device : index of the GPU that is asked. Never raises: what is missing or broken is passed over, and told to
+    ``missing``, a reason each.
     """
     reasons = [] if missing is None else missing
     for name in ("tensorrt", "onnxruntime-cuda"):
-        reason = obstacle(bundle, precision, name)
+        reason = obstacle(bundle, precision, name, device)
         if reason is None:
             return name
         if reason not in reasons:
@@ -109,7 +111,8 @@ def open_backend(bundle: Bundle, name: str | None, precision: str, **options: An
     if isinstance(name, str) and name in ALIASES:
         name, preset = ALIASES[name]
         options = preset | options
-    chosen = choose_backend(bundle, precision, missing) if name is None else name
+    device = 0 if options.get("device") is None else options["device"]
+    chosen = choose_backend(bundle, precision, missing, device) if name is None else name
     known = backend_options(chosen)
     for option in [option for option in options if option not in known]:
         if name is not None or not any(option in backend_options(other) for other in BACKENDS):
