@@ -32,6 +32,7 @@ PLAIN = {
         "law",
         "mixture_law",
         "reading",
+        "rows",
         "schedule",
         "schemes",
         "text",

@@ -1,0 +1,142 @@
+"""Subcommands for very many images: make them, judge them, find the best settings."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import SAMPLING, Labels, Options, print_json, say
+from .group import main
+
+if TYPE_CHECKING:
+    from arinar.runtime.run import Run
+    from arinar.runtime.sampling import Sampled
+    from arinar.runtime.shards import Shard
+
+MODEL = Options(
+    click.option("--backend", help="Execution backend, the same on all workers. [default: the best]"),
+    click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each worker. [default: 1]"),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Images of a micro-batch. [default: by the model]"),
+    click.option(
+        "--shard-size", type=click.IntRange(min=1), help="Images of a shard, what is lost at most of a worker that is killed. [default: by the number of images]"
+    ),
+)
+WORKERS = Options(
+    click.option(
+        "--workers",
+        type=click.IntRange(0, 100_000),
+        default=0,
+        show_default=True,
+        help="Processes on Ray, each with a pipeline; 0: this process alone, without Ray.",
+    ),
+    click.option("--address", metavar="RAY", help="Address of a Ray cluster (host:port, auto). [default: this machine]"),
+    click.option("--gpus", type=click.FloatRange(min=0), help="GPUs of each worker. [default: 1, where the cluster has any]"),
+)
+
+
+@contextlib.contextmanager
+def open_workers(workers: int, address: str | None, gpus: float | None, threads: int | None) -> Any:
+    """What shares tasks out. Options as WORKERS gives them."""
+    from arinar.runtime.sampling import one_process
+
+    if not workers:
+        if address is not None:
+            raise click.UsageError("--address is for workers: add --workers N")
+        yield one_process
+        return
+    from arinar.serve.pool import RayPool
+
+    def lost(reason: str) -> None:
+        say(f"a worker is replaced: {reason}")
+
+    with RayPool(workers, address, cpus=threads or 1, gpus=gpus, on_loss=lost) as pool:
+        yield pool
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-n", "--num-images", type=click.IntRange(min=1), required=True, help="How many images.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--labels", type=Labels(), help="Class ids and ranges, in equal shares in this order. [default: all classes]")
+@click.option("--npz/--no-npz", default=True, show_default=True, help="Write samples_NxHxWx3.npz (arr_0, uint8, NHWC).")
+@click.option("--png", is_flag=True, help="Write images/000000.png and so on.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
+@WORKERS
+@MODEL
+@SAMPLING
+def sample(
+    bundle: Path,
+    num_images: int,
+    out: Path,
+    labels: list[int] | None,
+    npz: bool,
+    png: bool,
+    as_json: bool,
+    workers: int,
+    address: str | None,
+    gpus: float | None,
+    **options: Any,
+) -> None:
+    """Make very many images: for an FID, say. Image i depends on the seed and i alone, whatever makes it.
+
+    The folder holds shards, a record (run.json) with their hashes, and one .npz file as evaluators read it. Whatever ends the
+    command, a worker or a machine: the same command again goes on where it stopped. With --workers it runs on Ray, on this
+    machine or, with --address, on all of a cluster, which must see bundle and folder under the same paths.
+
+    \b
+    Example:  arinar sample bundle/ --num-images 50000 -o run/ --workers 8
+              arinar sample digits-bundle/ --num-images 100 -o digits/ --labels 3,5 --png --no-npz
+    """
+    from arinar.runtime.bundle import Bundle
+    from arinar.runtime.run import Run
+    from arinar.runtime.sampling import sample as make_all
+
+    opened = Bundle.open(bundle)
+    run = Run.of(opened, num_images, labels=labels, **options)
+    with open_workers(workers, address, gpus, run.threads) as pool, _bar(run) as progress:
+        done = make_all(opened, out, run, workers=pool, npz=npz, png=png, progress=progress)
+    _tell_sampled(done, out, as_json)
+
+
+@contextlib.contextmanager
+def _bar(run: Run) -> Any:
+    """A bar with images per second and the time left -> what is called for each shard."""
+    from tqdm import tqdm
+
+    with tqdm(total=run.num_images, unit=" images", smoothing=0.05) as bar:
+
+        def step(shard: Shard) -> None:
+            if shard.damage:
+                bar.write(f"{shard.damage}: made again")
+            if not shard.made:
+                bar.initial += shard.images  # what was there is no part of the pace
+            bar.update(shard.images)
+
+        yield step
+
+
+def _tell_sampled(done: Sampled, out: Path, as_json: bool) -> None:
+    run, record = done.record.run, done.record
+    if len(record.made_on) > 1:
+        say(f"WARNING: made on different machines ({'; '.join(record.made_on)}): the images' last bits may be each one's own")
+    if as_json:
+        print_json(
+            {
+                "folder": str(out),
+                "images": run.num_images,
+                "made": done.made,
+                "damaged": done.damaged,
+                "npz": str(out / record.npz["name"]) if record.npz else None,
+                "sha256": record.npz.get("sha256"),
+                "shards": run.shards,
+                "made_on": record.made_on,
+            }
+        )
+        return
+    there = run.num_images - done.made
+    kept = f" ({there} were there already)" if there else ""
+    click.echo(f"{run.num_images} images in {out}{kept}" + (f": {record.npz['name']}" if record.npz else ""))
