@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return int(math.prod(self.shape) * np.dtype(self.dtype).itemsize)
 
 
 def write_npz(path: Path, arrays: Mapping[str, Rows]) -> None:
@@ -48,7 +48,7 @@ def write_npz(path: Path, arrays: Mapping[str, Rows]) -> None:
             dtype = np.dtype(rows.dtype)
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": rows.shape}
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+                np.lib.format.write_array_header_1_0(file, header)
                 written = 0
                 for part in rows.parts:
                     if part.dtype != dtype or part.shape[1:] != rows.shape[1:]:
@@ -90,7 +90,7 @@ class Stored:
                 for begin in range(first, last, size):
                     count = min(size, last - begin)
                     data = file.read(count * row)
-                    yield np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+                    yield np.frombuffer(bytearray(data), self.dtype).reshape(count, *self.shape[1:])
         except Exception as error:  # what zipfile and zlib raise for damage has no common type
             raise ValueError(f"{self.path} is damaged ({error}); copy it again") from error
 

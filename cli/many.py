@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ MODEL = Options(
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each worker. [default: 1]"),
     click.option("--batch-size", type=click.IntRange(min=1), help="Images of a micro-batch. [default: by the model]"),
     click.option(
-        "--shard-size", type=click.IntRange(min=1), help="Images of a shard, what is lost at most of a worker that is killed. [default: by the number of images]"
+        "--shard-size",
+        type=click.IntRange(min=1),
+        help="Images of a shard, what is lost at most of a worker that is killed. [default: by the number of images]",
     ),
 )
 WORKERS = Options(
@@ -111,7 +114,7 @@ def _bar(run: Run) -> Any:
 
         def step(shard: Shard) -> None:
             if shard.damage:
-                bar.write(f"{shard.damage}: made again")
+                bar.write(f"{shard.damage}: made again", file=sys.stderr)
             if not shard.made:
                 bar.initial += shard.images  # what was there is no part of the pace
             bar.update(shard.images)
@@ -140,3 +143,86 @@ def _tell_sampled(done: Sampled, out: Path, as_json: bool) -> None:
     there = run.num_images - done.made
     kept = f" ({there} were there already)" if there else ""
     click.echo(f"{run.num_images} images in {out}{kept}" + (f": {record.npz['name']}" if record.npz else ""))
+
+
+FEATURES = Options(
+    click.option(
+        "--features",
+        default="builtin",
+        show_default=True,
+        help="builtin (32 fixed features of shape and colour), inception (needs torch-fidelity), or your own module:function, images (N, H, W, 3) uint8 -> (N, F), or that and logits (N, C).",
+    ),
+    click.option(
+        "--weights",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Of inception: torch-fidelity's weights-inception-2015-12-05-6726825d.pth.",
+    ),
+)
+
+
+def check_features_options(features: str, weights: Path | None) -> None:
+    """Inception comes with a file of weights, nothing else does."""
+    if features == "inception" and weights is None:
+        from arinar.measure.features import INCEPTION
+
+        raise ValueError(f"--features inception needs --weights FILE: {INCEPTION}")
+    if features != "inception" and weights is not None:
+        raise click.UsageError("--weights is for --features inception")
+
+
+@main.command()
+@click.argument("samples")
+@click.option("--reference", metavar="STATS_OR_SAMPLES", help="What to compare with: as SAMPLES, or an .npz with mu and sigma.")
+@click.option(
+    "--floor", metavar="SAMPLES", help="A run as the reference, with another seed: how far apart two runs of one model are."
+)
+@click.option(
+    "--bootstrap", type=click.IntRange(0, 10_000), default=100, show_default=True, help="Draws for the FID's interval; 0: none."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
+@FEATURES
+@WORKERS
+def evaluate(
+    samples: str,
+    reference: str | None,
+    floor: str | None,
+    bootstrap: int,
+    as_json: bool,
+    features: str,
+    weights: Path | None,
+    workers: int,
+    address: str | None,
+    gpus: float | None,
+) -> None:
+    """How good are very many images? FID, KID, precision and recall against a reference, and the inception score.
+
+    SAMPLES is a run of `arinar sample`, a folder of pictures, an .npz file with arr_0, or "digits", the real ones. Images are
+    compared as the uint8 pixels that they are.
+
+    \b
+    Example:  arinar evaluate run/ --reference adm_in256_stats.npz --features inception --weights weights-inception-2015-12-05-6726825d.pth
+              arinar evaluate int8-run/ --reference fp32-run/ --floor fp32-run-seed-1/
+              arinar evaluate samples_50000x256x256x3.npz --reference photos/
+    """
+    from tqdm import tqdm
+
+    from arinar.measure.evaluate import evaluate as judge_all
+    from arinar.measure.evaluation_report import table
+
+    check_features_options(features, weights)
+    with open_workers(workers, address, gpus, 1) as pool, tqdm(unit=" images") as bar:
+        found = judge_all(
+            samples,
+            reference,
+            features=features,
+            weights=weights,
+            floor=floor,
+            bootstrap=bootstrap,
+            workers=pool,
+            progress=bar.update,
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        click.echo(table(found))

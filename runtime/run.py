@@ -189,7 +189,9 @@ class Record:
                 _of(data, "npz"),
             )
         except FileNotFoundError:
-            raise ValueError(f"{folder} holds no {RECORD}: no run is in it; `arinar sample BUNDLE -o {folder}` makes one") from None
+            raise ValueError(
+                f"{folder} holds no {RECORD}: no run is in it; `arinar sample BUNDLE -o {folder}` makes one"
+            ) from None
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ValueError(f"{path} is no record of a run ({error}); restore it, or choose another folder") from error
 

@@ -13,19 +13,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from arinar import __version__
-from arinar.text import install_hint, one_line
+from arinar.text import install_hint, one_line, shown
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 #: How often a task is begun before the run ends: what kills three workers would kill the fourth.
 TRIES = 3
+SECONDS_TO_ANSWER = 10.0
 
 
 class _Worker:
@@ -69,16 +71,17 @@ class RayPool:
         try:
             import ray
         except ImportError:
-            raise ValueError(f"workers need the package ray: {install_hint('ray')} installs it; --workers 0 needs none") from None
+            raise ValueError(
+                f"workers need the package ray: {install_hint('ray')} installs it; --workers 0 needs none"
+            ) from None
         self.ray, self._kind = ray, ray.remote(_Worker)
+        if self.address is not None:
+            _check_answers(self.address)
         local = {} if self.address else {"num_cpus": max(1, round(self.workers * self.cpus)), "include_dashboard": False}
         try:
             ray.init(address=self.address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except Exception as error:  # Ray's own types, and gRPC's
-            raise ValueError(
-                f"no Ray cluster answers at {self.address or 'this machine'} ({one_line(error)[:200]}); `ray start --head` starts one, "
-                f"without --address this machine is used"
-            ) from None
+            raise ValueError(_no_answer(self.address or "this machine", error)) from None
         try:
             self._check_room()
         except BaseException:
@@ -114,14 +117,34 @@ class RayPool:
         return self._kind.options(**options).remote()
 
 
+def _check_answers(address: str) -> None:
+    """Raise ValueError where nobody listens: Ray itself would wait without end."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"address is {shown(address)}; expected auto, host:port or ray://host:10001")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(_no_answer(address, error)) from None
+
+
+def _no_answer(address: str, error: Exception) -> str:
+    return (
+        f"no Ray cluster answers at {address} ({one_line(error)[:200]}); `ray start --head` starts one, without --address this "
+        f"machine is used"
+    )
+
+
 class _Work:
     """Who does what of one list of tasks."""
 
     def __init__(self, pool: RayPool, make: Any, tasks: Sequence[Any]) -> None:
         self.pool, self.make = pool, make
-        self.waiting, self.tries = deque(tasks), Counter[Any]()
+        self.waiting, self.tries = deque(enumerate(tasks)), Counter[Any]()  # tasks by their numbers
         self.starting: dict[Any, Any] = {}  # promise that a worker is ready -> the worker
-        self.busy: dict[Any, tuple[Any, Any]] = {}  # promise of a result -> the worker, its task
+        self.busy: dict[Any, tuple[Any, tuple[int, Any]]] = {}  # promise of a result -> the worker, its task
         for _ in range(min(pool.workers, len(tasks))):
             self._start()
 
@@ -133,7 +156,7 @@ class _Work:
         """A task to a worker that is idle, or its leave."""
         if self.waiting:
             task = self.waiting.popleft()
-            self.busy[worker.do.remote(self.make, task)] = worker, task
+            self.busy[worker.do.remote(self.make, task[1])] = worker, task
         else:
             self.pool.ray.kill(worker)
 
@@ -157,28 +180,29 @@ class _Work:
         try:
             version = self.pool.ray.get(promise)
         except Exception as error:
-            self._count("start", error)
+            self._count(None, error)
             self._start()
             return
         if version != __version__:
             raise ValueError(f"a worker has arinar {version}, this machine {__version__}; install the same on all")
         self._give(worker)
 
-    def _lost(self, worker: Any, task: Any, error: Exception) -> None:
+    def _lost(self, worker: Any, task: tuple[int, Any], error: Exception) -> None:
         """A task has failed: what it raised, if more tries would raise it too; else it waits again, for a new worker."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
-        self._count(task, cause or error)
+        self._count(task[0], cause or error)
         self.pool.on_loss(one_line(cause or error)[:300])
         self.waiting.appendleft(task)
         with contextlib.suppress(Exception):
             self.pool.ray.kill(worker)
         self._start()
 
-    def _count(self, task: Any, error: BaseException) -> None:
-        self.tries[task] += 1
-        if self.tries[task] >= TRIES:
+    def _count(self, number: int | None, error: BaseException) -> None:
+        """Of a task, or of a worker's start."""
+        self.tries[number] += 1
+        if self.tries[number] >= TRIES:
             if isinstance(error, self.pool.ray.exceptions.RayError):
                 raise RuntimeError(f"a worker ended {TRIES} times over the same work: {one_line(error)[:300]}") from None
             raise error from None

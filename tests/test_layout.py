@@ -43,7 +43,21 @@ TORCH_FREE = {
     *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),
     *(
         f"arinar.measure.{name}"
-        for name in ("bench", "bench_report", "charts", "checks", "cost", "distances", "features", "parity_report", "peaks")
+        for name in (
+            "bench",
+            "bench_report",
+            "charts",
+            "checks",
+            "cost",
+            "distances",
+            "evaluate",
+            "evaluation_report",
+            "features",
+            "image_sets",
+            "moments",
+            "parity_report",
+            "peaks",
+        )
     ),
 }
 #: Room -> what it may import of the others: whole rooms, or single modules.
