@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import SAMPLING, Labels, Options, print_json, say
+from .common import SAMPLING, Labels, Numbers, Options, print_json, quiet, say
 from .group import main
 
 if TYPE_CHECKING:
@@ -226,3 +226,84 @@ def evaluate(
         print_json(found.to_dict())
     else:
         click.echo(table(found))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, metavar="STATS_OR_SAMPLES", help="What to compare with, as for `arinar evaluate`.")
+@click.option("-n", "--num-images", type=click.IntRange(min=2), default=5000, show_default=True, help="Images of each setting.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the sweep.")
+@click.option("--guidance", type=Numbers(), help="Guidance scales, e.g. 3:5:.25. [default: the bundle's]")
+@click.option("--temperature", type=Numbers(), help="Temperatures, e.g. .9,1,1.1. [default: the bundle's]")
+@click.option("--num-iter", type=Labels(), help="Numbers of outer steps, e.g. 32,64. [default: the bundle's]")
+@click.option("--labels", type=Labels(), help="Class ids and ranges, in equal shares. [default: all classes]")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same for every setting.")
+@click.option(
+    "--bootstrap", type=click.IntRange(0, 10_000), default=100, show_default=True, help="Draws for the intervals; 0: none."
+)
+@click.option("--keep-images", is_flag=True, help="Keep the images of every setting, not its score alone.")
+@click.option("--write-defaults", is_flag=True, help="Make the best setting the bundle's defaults.")
+@click.option("--json", "as_json", is_flag=True, help="Print every number, as JSON.")
+@FEATURES
+@WORKERS
+@MODEL
+def sweep(
+    bundle: Path,
+    reference: str,
+    num_images: int,
+    out: Path,
+    guidance: list[float] | None,
+    temperature: list[float] | None,
+    num_iter: list[int] | None,
+    bootstrap: int,
+    keep_images: bool,
+    write_defaults: bool,
+    as_json: bool,
+    features: str,
+    weights: Path | None,
+    workers: int,
+    address: str | None,
+    gpus: float | None,
+    **options: Any,
+) -> None:
+    """Which guidance, temperature and number of steps are best? Every combination, from the same noise, by its FID.
+
+    What has been scored is kept: the same command goes on where it stopped, and one with more values makes those.
+
+    \b
+    Example:  arinar sweep bundle/ --guidance 3:5:.25 --temperature .9,1,1.1 --num-iter 32,64 -n 5000 --reference adm_in256_stats.npz --features inception --weights weights-inception-2015-12-05-6726825d.pth -o sweep/
+              arinar sweep digits-bundle/ --guidance 1:4 -n 500 --reference digits -o sweep/ --write-defaults
+    """
+    from arinar.files import write_text
+    from arinar.measure import sweep as sweeping
+    from arinar.measure.sweep_report import render, table
+    from arinar.runtime.bundle import Bundle
+
+    check_features_options(features, weights)
+    opened = Bundle.open(bundle)
+    settings = sweeping.grid(opened, guidance, temperature, num_iter)
+    with open_workers(workers, address, gpus, options["threads"]) as pool:
+        found = sweeping.sweep(
+            opened,
+            out,
+            settings,
+            num_images,
+            reference,
+            features=features,
+            weights=weights,
+            bootstrap=bootstrap,
+            keep_images=keep_images,
+            workers=pool,
+            progress=quiet if as_json else say,
+            **options,
+        )
+    write_text(out / sweeping.PAGE, render(found))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        click.echo(f"{table(found)}\n{out / sweeping.PAGE} has the plots")
+    if write_defaults:
+        from arinar.export.folder import write_defaults as write
+
+        write(bundle, sweeping.with_best(opened.manifest.defaults, found.best), say)
+        say(f"{bundle} now has these defaults")

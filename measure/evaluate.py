@@ -95,6 +95,15 @@ class Evaluation:
                 found[name]["interval"] = estimate.interval
         return found
 
+    @classmethod
+    def from_dict(cls, data: Any) -> Evaluation:
+        """Of what `to_dict` gave. Raises ValueError, TypeError or KeyError for anything else."""
+        given = dict(data)
+        for name in ("fid", "kid", "inception"):
+            if given[name] is not None:
+                given[name] = Estimate(given[name]["value"], given[name]["std"])
+        return cls(**given | {"notes": tuple(given["notes"]), "replicates": tuple(given["replicates"])})
+
 
 def evaluate(
     samples: str,

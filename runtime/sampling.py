@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from arinar.files import check_folder
+from arinar.files import check_folder, sweep
 from arinar.rows import Rows, write_npz
 
 from .bundle import Bundle, file_sha256
 from .machine import machine
-from .run import SHARDS, Record, Run, image_path, npz_path, open_run, shard_path
+from .run import IMAGES, RECORD, SHARDS, Record, Run, image_path, npz_path, open_run, shard_path
 from .shards import OVERHEAD, MakeShards, Shard, shard_parts
 
 Task = TypeVar("Task")
@@ -69,6 +69,8 @@ def sample(
         raise ValueError(f"{run.num_images:,} images are more than {MOST_FILES:,} files in one folder; leave PNG files out")
     versions = machine(PACKAGES)["versions"]
     record = open_run(folder, Record(run, bundle.manifest.config, versions))
+    for place in (folder, folder / SHARDS, folder / IMAGES):
+        sweep(place / RECORD)
     check_room(folder, run, npz=npz, png=png)
     make = MakeShards(folder.resolve(), bundle.folder.resolve(), run, options or {}, png)
     hashes, damaged, made = [""] * run.shards, list[int](), 0

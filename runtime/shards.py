@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from arinar.files import sweep
 from arinar.reading import read_npz
 from arinar.rows import Rows, write_npz
 
@@ -75,7 +74,6 @@ class ShardMaker:
 
     def __init__(self, work: MakeShards) -> None:
         self.work, self.run = work, work.run
-        sweep(shard_path(work.folder, 0))
 
     @cached_property
     def pipeline(self) -> Pipeline:

@@ -57,6 +57,8 @@ TORCH_FREE = {
             "moments",
             "parity_report",
             "peaks",
+            "sweep",
+            "sweep_report",
         )
     ),
 }
