@@ -6,8 +6,8 @@
     python -m benchmarks.sample head --tasks 20000
     python -m benchmarks.sample precision DIGITS-BUNDLE --images 2000
 
-Every command prints JSON, and runs `arinar sample` and `arinar evaluate` in processes of their own. ``precision`` is for a bundle
-with the variants fp32 and int8: what int8 costs in FID, beside what another seed does.
+Every command prints JSON, and runs `arinar sample` and `arinar evaluate` in processes of their own. ``precision`` is for a
+bundle with the variants fp32 and int8: what int8 costs in FID, beside what another seed does.
 """
 
 from __future__ import annotations
@@ -88,13 +88,11 @@ def watched_workers() -> Iterator[dict[int, float]]:
         thread.join()
 
 
-def pace(folder: Path) -> tuple[float, float]:
-    """Images per second from the first shard's end to the last one's, and seconds to the first: without and with the start."""
-    files = sorted((folder / "shards").glob("0*.npz"), key=lambda path: path.stat().st_mtime_ns)
-    times = [path.stat().st_mtime_ns / 1e9 for path in files]
-    begun = (folder / "run.json").stat()
-    record = json.loads((folder / "run.json").read_text())["run"]
-    return (len(files) - 1) * record["shard_size"] / (times[-1] - times[0]), times[0] - begun.st_ctime_ns / 1e9
+def pace(folder: Path) -> float:
+    """Images per second from the end of a run's first shard to that of its last one: without start and end."""
+    times = sorted(path.stat().st_mtime_ns / 1e9 for path in (folder / "shards").glob("0*.npz"))
+    size = json.loads((folder / "run.json").read_text())["run"]["shard_size"]
+    return float((len(times) - 1) * size / (times[-1] - times[0]))
 
 
 @click.group()
@@ -116,7 +114,7 @@ def rates(bundle: Path, images: int, counts: str, batch_size: int) -> None:
             words = ("sample", bundle, "-n", images, "-o", folder, "--workers", count, "--batch-size", batch_size)
             with watched_workers() as peaks:
                 _, seconds, memory = arinar(*words)
-            rate, _ = pace(folder)
+            rate = pace(folder)
             rows.append(
                 {
                     "workers": count,
@@ -239,7 +237,7 @@ def head(tasks: int, count: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the runs in this folder.")
 @click.option("--workers", "count", type=int, default=0, show_default=True)
 def precision(bundle: Path, images: int, out: Path | None, count: int) -> None:
-    """What int8 costs: int8 against fp32 of the same seed, beside fp32 of another seed; and all of them against the real digits."""
+    """What int8 costs: int8 against fp32 of the same seed, beside fp32 of another seed; and all of them against real digits."""
     with contextlib.ExitStack() as stack:
         scratch = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs = {"fp32": ("fp32", 0), "int8": ("int8", 0), "fp32, another seed": ("fp32", 1)}

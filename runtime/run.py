@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 #: Images of a run: their hashes fit into a record, their numbers into a file's name.
 MOST_IMAGES = 1_000_000_000
 #: Unless told otherwise a run has about this many shards, none of more than so many images (docs/scaling.md).
-USUAL_SHARDS, MOST_USUAL = 4000, 1024
+USUAL_SHARDS, MOST_USUAL = 4000, 256
 MOST_OF_A_SHARD = 65_536
 
 
