@@ -126,34 +126,35 @@ def evaluate(
     """
     made = open_images(samples)
     stats, images = (None, None) if reference is None else open_reference(reference)
-    if floor is not None:
-        check_floor(None if images is None else images, open_images(floor))
-    source = Source(features, _config(made, images), weights)
-    return judge(
-        made,
-        load_reference(reference, stats, images, source, workers, progress),
-        source,
-        floor=None if floor is None else open_images(floor),
-        bootstrap=bootstrap,
-        workers=workers,
-        progress=progress,
-    )
+    other = None if floor is None else open_images(floor)
+    if other is not None:
+        check_floor(images, other)
+    source, goal = Source(features, _config(made, images), weights), None
+    if reference is not None:
+        width = width_of(source)
+        check_count(made.name, made.count, width)
+        goal = load_reference(reference, stats, images, source, width, workers, progress)
+    return judge(made, goal, source, floor=other, bootstrap=bootstrap, workers=workers, progress=progress)
 
 
 def load_reference(
-    name: str | None, stats: Statistics | None, images: ImageSet | None, source: Source, workers: Any, progress: Any
-) -> Reference | None:
-    """A reference with its features, gathered once. Raises ValueError where the statistics are of other features."""
-    if name is None:
-        return None
-    width = width_of(source)
+    name: str,
+    stats: Statistics | None,
+    images: ImageSet | None,
+    source: Source,
+    width: int,
+    workers: Any,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Reference:
+    """A reference with its features, gathered once. Raises ValueError where its statistics are not of ``width`` features, or
+    its images are too few."""
     if stats is not None and len(stats.mean) != width:
         raise ValueError(
             f"{name} has statistics of {len(stats.mean)} features, and {source.name} gives {width}; make statistics and "
             f"compare with the same features (--features)"
         )
     if images is not None and stats is None:
-        check_count(images, width)
+        check_count(images.name, images.count, width)
     return Reference(name, stats, images, None if images is None else gather(images, source, workers, progress))
 
 
@@ -168,8 +169,6 @@ def judge(
     progress: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """`evaluate`, of what has been opened."""
-    if reference is not None:
-        check_count(made, len(reference.moments.mean))
     ours = gather(made, source, workers, progress)
     result = Evaluation(
         made.name,
@@ -318,11 +317,11 @@ def check_floor(reference: ImageSet | None, floor: ImageSet) -> None:
         raise ValueError(f"{floor.name} differs from the reference in more than its seed: {'; '.join(other)}")
 
 
-def check_count(images: ImageSet, width: int) -> None:
-    if images.count <= width:
+def check_count(name: str, count: int, width: int) -> None:
+    if count <= width:
         raise ValueError(
-            f"{images.name} has {images.count} images; a covariance of {width} features needs {width + 1}, and better "
-            f"ten times as many: give more images, or other --features"
+            f"{name} has {count} images; a covariance of {width} features needs {width + 1}, and better ten times as many: "
+            f"give more images, or other --features"
         )
 
 

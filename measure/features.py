@@ -157,7 +157,7 @@ def _averaged(x: Array, side: int) -> Array:
 def _inception(weights: Path | None) -> Features:
     try:
         import torch
-        from torch_fidelity.utils import create_feature_extractor  # type: ignore[import-not-found]
+        from torch_fidelity.utils import create_feature_extractor
     except Exception as error:  # a torchvision that does not fit to PyTorch raises what it likes
         raise ValueError(
             f"features inception needs torch-fidelity, with a torchvision that fits to PyTorch: {install_hint('evaluate')} "

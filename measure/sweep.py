@@ -27,7 +27,7 @@ from arinar.runtime.run import RECORD, Run
 from arinar.runtime.sampling import one_process, sample
 from arinar.text import shown
 
-from .evaluate import Estimate, Evaluation, Reference, judge, load_reference
+from .evaluate import Estimate, Evaluation, Reference, check_count, judge, load_reference, width_of
 from .image_sets import open_images, open_reference
 from .moments import Source
 
@@ -121,12 +121,10 @@ def sweep(
     check_folder(folder)
     runs = {setting: Run.of(bundle, num_images, **arguments, **setting._asdict()) for setting in settings}
     source = Source(features, bundle.manifest.config, weights)
+    width = width_of(source)
+    check_count("a setting", num_images, width)
     progress(f"features of {reference}")
-    stats, images = open_reference(reference)
-    goal = load_reference(reference, stats, images, source, workers, lambda count: None)
-    assert goal is not None
-    if num_images <= len(goal.moments.mean):
-        raise ValueError(f"{num_images} images are too few for {len(goal.moments.mean)} features; expected more, say ten times")
+    goal = load_reference(reference, *open_reference(reference), source, width, workers)
     shared = _open(folder, next(iter(runs.values())), goal, source, bootstrap)
     found = []
     for number, (setting, run) in enumerate(runs.items(), 1):

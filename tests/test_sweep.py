@@ -171,7 +171,7 @@ def test_the_command_writes_a_page_and_the_best_defaults(digits_bundle: Path, re
         ({"seed": 1}, "holds another sweep: seed was 0 and is 1; choose another folder"),
         ({"reference": "digits"}, "holds another sweep: reference was"),
         ({"num_images": 48}, "holds another sweep: num_images was 40 and is 48"),
-        ({"num_images": 4, "labels": [1]}, "4 images are too few for 4 features"),
+        ({"num_images": 4, "labels": [1]}, "a setting has 4 images; a covariance of 4 features needs 5"),
         ({"settings": [Setting(0.5, 1, 2)]}, "guidance_scale is 0.5"),
         ({"settings": [Setting(2, 1, 99)]}, "num_iter is 99"),
     ],
