@@ -213,10 +213,11 @@ def compare(result: Evaluation, made: ImageSet, ours: Gathered, reference: Refer
         if size < KID_SIZE:
             notes.append(f"KID is of subsets of {size} images, for want of {KID_SIZE:,}: not comparable with others'")
         some = [_spread(set_.features, MANIFOLD) for set_ in (ours, theirs)]
-        precision, recall = precision_and_recall(*some, neighbours=NEIGHBOURS)
+        enough = size > NEIGHBOURS
+        precision, recall = precision_and_recall(*some, neighbours=NEIGHBOURS) if enough else (None, None)
         result = replace(
             result,
-            kid=Estimate(*kernel_distance(ours.features, theirs.features, size=size)),
+            kid=Estimate(*kernel_distance(ours.features, theirs.features, size=size)) if enough else None,
             precision=precision,
             recall=recall,
         )

@@ -11,7 +11,10 @@ from .evaluate import Estimate
 from .sweep import Score, Sweep, describe
 
 HEADER = ("guidance", "temperature", "steps", "FID", "behind the best", "KID x 1000", "precision", "recall", "IS", "agreement")
-STYLE = "th, td { text-align: right; padding: 4px 0 4px 20px; } td:first-child, th:first-child { padding-left: 0; }"
+STYLE = """
+th, td { text-align: right; padding: 4px 0 4px 20px; } td:first-child, th:first-child { padding-left: 0; }
+figure svg { max-width: 620px; }
+"""
 NOTE = (
     "All settings begin with the same noise. FID with the interval that another set of as many images would lie in (95 %); "
     "behind the best: the difference and its own interval, which is narrower, as both sets were drawn alike."

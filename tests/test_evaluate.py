@@ -234,6 +234,12 @@ def test_statistics_and_adms_reference_file(sets: tuple[str, str], tmp_path: Pat
     assert (both.precision, both.recall, both.kid) == (fewer.precision, fewer.recall, fewer.kid)
 
 
+def test_statistics_with_hardly_any_images_give_the_fid_alone(sets: tuple[str, str], tmp_path: Path) -> None:
+    path = save(tmp_path / "adm.npz", pictures(3, 0), mu=np.zeros(WIDTH), sigma=np.eye(WIDTH))
+    found = evaluate(sets[0], path, features=network, bootstrap=0)
+    assert found.fid is not None and (found.kid, found.precision, found.recall) == (None, None, None)
+
+
 def test_pairs_and_the_noise_floor(runs: dict[str, Path]) -> None:
     found = evaluate(str(runs["warm"]), str(runs["0"]), floor=str(runs["1"]), bootstrap=3)
     assert found.psnr is not None and found.psnr > 25 and found.same is not None and found.same < 1
