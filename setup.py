@@ -62,9 +62,11 @@ setup(
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],
         # `arinar demo`: export, run on the CPU, judge.
         "demo": [*EXPORT, *DEMO, ONNXRUNTIME],
-        # `arinar serve`; the same under Ray Serve, in several replicas.
+        # `arinar serve`; the same under Ray Serve, in several replicas, and the workers of `arinar sample`.
         "serve": SERVE,
         "ray": [*SERVE, "ray[serve]>=2.60"],
+        # `arinar evaluate --features inception`. torchvision's version must be the one that fits to PyTorch's.
+        "evaluate": ["torch>=2.9", "torchvision", "torch-fidelity>=0.4"],
         # The documentation as a site: `mkdocs serve`.
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.11"],
         "dev": [

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,31 @@ class Labels(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int | str]:
         return value if isinstance(value, list) else parse_labels(value)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """`.9,1,1.1` and `3:5:.25`, first to last in steps, and mixtures of them -> numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        return value if isinstance(value, list) else parse_numbers(value)
+
+
+def parse_numbers(text: str) -> list[float]:
+    numbers: list[float] = []
+    for part in text.split(","):
+        try:  # (in decimal, where 3.1 + 0.1 is 3.2)
+            first, last, step = (Decimal(word.strip()) for word in (part.split(":") if ":" in part else (part, part, "1")))
+            whole = first.is_finite() and last.is_finite() and step > 0 and first <= last < first + 1000 * step
+        except (ValueError, ArithmeticError):
+            whole = False
+        if not whole:
+            raise click.BadParameter(f"{part!r} is no number and no range; write for example .9,1,1.1 or 3:5:.25")
+        while first <= last:
+            numbers.append(float(first))
+            first += step
+    return numbers
 
 
 class Options:

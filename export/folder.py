@@ -17,7 +17,7 @@ from pathlib import Path
 
 from arinar.files import check_folder, hidden_name, move, remove, sweep, write_text
 from arinar.runtime.backends.engines import ENGINES
-from arinar.runtime.bundle import MANIFEST_NAME, Bundle, BundleError, GraphInfo, Manifest
+from arinar.runtime.bundle import MANIFEST_NAME, Bundle, BundleError, Defaults, GraphInfo, Manifest
 
 try:
     import fcntl
@@ -31,6 +31,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of a bundle in one step."""
     write_text(folder / MANIFEST_NAME, manifest.to_json())
+
+
+def write_defaults(out: Path, defaults: Defaults, say: Callable[[str], None]) -> None:
+    """Replace what a bundle's images are made with where the caller says nothing. Its graphs and their files stay."""
+    with locked(out, say):
+        write_manifest(out, replace(Bundle.open(out).manifest, defaults=defaults))
 
 
 def check_bundle_folder(out: Path) -> None:
