@@ -17,7 +17,17 @@ from torch import Tensor
 from .diffusion_schedule import respacings
 from .head import Draw
 from .model import Arinar, CausalArinar
-from .schedule import Step, check_cfg_schedule, guidance_at, steps
+from .schedule import (
+    ALWAYS,
+    COSINE,
+    Step,
+    check_cfg_schedule,
+    check_guidance_interval,
+    checkerboard,
+    guidance_at,
+    stages_of,
+    steps,
+)
 
 
 class NoiseLike(Protocol):
@@ -73,6 +83,8 @@ def sample(
     order: Tensor | None = None,
     forced: Tensor | None = None,
     known: KnownLike | None = None,
+    schedule: str = COSINE,
+    guidance_interval: tuple[float, float] = ALWAYS,
     record: Callable[[StepRecord], None] | None = None,
     law: Mapping[str, int] | None = None,
 ) -> Tensor:
@@ -93,6 +105,9 @@ def sample(
     order : (B, L) int64, of a masked model without ``noise``: the generation order, from its end to its start.
     forced : (B, L, D) tokens to use instead of the drawn ones (teacher forcing).
     known : tokens that are given, as many of every image; they stay as they are. Of a causal model the first of its order.
+    schedule : which tokens a step generates: "cosine", as published, or staged (`arinar.schedule.stages_of`), whose steps
+        ``num_iter`` does not change. Not where tokens are known, nor of a causal model.
+    guidance_interval : shares of known tokens between which a step is guided.
     record : called after each outer step.
     law : what the head's draws depend on besides the config, as a bundle's manifest tells; default the published.
 
@@ -119,7 +134,13 @@ def sample(
     unknown = length
     if known is not None:
         unknown, order = _start_from(known, tokens, order, fixed=isinstance(model, CausalArinar))
-    plan = steps(length, _num_iter(model, num_iter), unknown)
+    stages = stages_of(schedule, config.grid_size)
+    if stages and (known is not None or isinstance(model, CausalArinar)):
+        raise ValueError(f"schedule is {schedule}; it has no meaning where tokens are known, nor for a causal model")
+    if stages:
+        order = _staged(order, config.grid_size, len(stages))
+    interval = check_guidance_interval(guidance_interval)
+    plan = steps(length, _num_iter(model, num_iter), unknown, stages=stages, guidance_interval=interval)
     chains = respacings(config.sampling_steps if sampling_steps is None else sampling_steps, len(plan))
     outer = _Outer(model, _classes(labels, config.num_classes).to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
@@ -127,6 +148,7 @@ def sample(
     for step in plan:
         positions = order[:, step.remaining : step.masked]  # (B, P)
         z_cond, z_uncond = outer.step(tokens, order, step)
+        z_uncond = z_uncond if step.guided else None
         draws = None if given is None else given[rows, positions].flatten(0, 1)
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
@@ -150,6 +172,12 @@ def _classes(labels: Tensor | Sequence[int | Mapping[int, float]], num_classes: 
         for name, weight in (label if isinstance(label, Mapping) else {label: 1.0}).items():
             weights[row, name] = weight
     return weights / weights.sum(1, keepdim=True)
+
+
+def _staged(order: Tensor, side: int, sets: int) -> Tensor:
+    """Orders (B, L) with the first set's tokens at the end, where generation starts, each set in the order it had."""
+    places = torch.tensor(checkerboard(side, sets), device=order.device)
+    return order.gather(1, (-places[order]).argsort(dim=1, stable=True))
 
 
 def _start_from(known: KnownLike, tokens: Tensor, order: Tensor, *, fixed: bool) -> tuple[int, Tensor]:

@@ -50,6 +50,19 @@ class Labels(click.ParamType):  # type: ignore[type-arg]
         return value if isinstance(value, list) else parse_labels(value)
 
 
+class Interval(click.ParamType):  # type: ignore[type-arg]
+    name = "interval"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([\d.]+):([\d.]+)", value)
+        try:
+            return float(found[1]), float(found[2])  # type: ignore[index]
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is no interval; expected LOW:HIGH, two shares of known tokens, e.g. 0.2:1", param, ctx)
+
+
 class Options:
     """Options that several subcommands share: a decorator that knows the names of the arguments it adds."""
 
@@ -89,6 +102,21 @@ SAMPLING = Options(
         help="Of a diffusion head: 100, ddim25, or 25-5 for fewer in later outer steps. [default: the bundle's]",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
+)
+#: What makes other images, of another law, in less time.
+PLAN = Options(
+    click.option(
+        "--schedule",
+        metavar="SCHEDULE",
+        help="Which tokens a step generates: cosine, or staged:64x24,64x6,128x2, tokens x steps of a coarse checkerboard, "
+        "then of what lies between (docs/faster.md). [default: cosine]",
+    ),
+    click.option(
+        "--guidance-interval",
+        type=Interval(),
+        metavar="LOW:HIGH",
+        help="Shares of known tokens between which steps are guided; others cost half. [default: 0:1]",
+    ),
 )
 
 
