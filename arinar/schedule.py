@@ -114,7 +114,7 @@ def stages_of(schedule: str, side: int) -> Stages:
     if [tokens for tokens, _ in stages] != sizes or not all(1 <= number <= tokens for tokens, number in stages):
         wanted = ", ".join(map(str, sizes))
         raise ValueError(
-            f"schedule is {shown(schedule)}; {len(stages)} sets of this model's {side * side} tokens have {wanted} of them, each "
+            f"schedule is {shown(schedule)}; {len(stages)} sets of {side * side} tokens have {wanted} of them, each "
             f"in 1 step at least and in one a token at most, e.g. {_example(side)}"
         )
     return stages

@@ -172,9 +172,9 @@ class Pipeline:
         known : tokens that are given, for len(labels) images: they come back as they are, bit for bit, and the others are
             generated around them, by the schedule of so many tokens (``num_iter`` steps, or one for each where they are
             fewer). Where all are known there is no step: one Progress tells of none.
-        schedule : None or "cosine", the published one, or "staged:64x24,64x6,128x2" (`arinar.schedule.stages_of`): tokens x steps
-            of sets of a checkerboard, the coarse first. Other images, of another law: what it costs is for the model's owner
-            to see.
+        schedule : None or "cosine", the published one, or "staged:64x24,64x6,128x2" (`arinar.schedule.stages_of`): tokens x
+            steps of sets of a checkerboard, the coarse first. Other images, of another law: what it costs is for the
+            model's owner to see.
         guidance_interval : two shares of known tokens: steps outside are not guided, and cost half. Of another law, too.
             None: (0, 1), all are.
         callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
