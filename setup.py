@@ -44,6 +44,8 @@ setup(
         "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.24.4", "cuda-bindings>=12.6"],
         "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6"],
         "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6"],
+        # Beside `cpu`: bfloat16 on CPUs that have it.
+        "openvino": [ONNXRUNTIME, "openvino>=2026.2"],
         # What trains and exports.
         "export": EXPORT,
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],

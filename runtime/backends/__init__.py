@@ -17,9 +17,12 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu": ("onnxruntime_cpu", "OnnxRuntimeCpu"),
     "onnxruntime-cuda": ("onnxruntime_cuda", "OnnxRuntimeCuda"),
     "tensorrt": ("tensorrt", "TensorRt"),
+    "openvino": ("openvino", "OpenVino"),
 }
 #: Names that `arinar build` has for a backend with an option set: name -> backend, options.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"tensorrt-rtx": ("tensorrt", {"module": "tensorrt_rtx"})}
+#: Where a precision asks for a backend: it computes a variant's graphs otherwise, which no other can.
+PRECISIONS = {"bf16": "openvino"}
 #: Options that ask for a device: where that is missing, nothing else will do.
 WISHES = ("device", "cuda")
 
@@ -79,7 +82,10 @@ def open_backend(bundle: Bundle, name: str | None, precision: str, **options: An
     if isinstance(name, str) and name in ALIASES:
         name, preset = ALIASES[name]
         options = preset | options
-    chosen = choose_backend(bundle, precision, missing) if name is None else name
+    needed = PRECISIONS.get(precision)
+    if needed is not None and name not in (None, needed):
+        raise BundleError(f"precision {precision} is of backend {needed}, not of {shown(name)}; leave the backend out")
+    chosen = needed or (choose_backend(bundle, precision, missing) if name is None else name)
     known = backend_options(chosen)
     for option in [option for option in options if option not in known]:
         if name is not None or not any(option in backend_options(other) for other in BACKENDS):
