@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +85,7 @@ def sample(
     known: KnownLike | None = None,
     schedule: str = COSINE,
     guidance_interval: tuple[float, float] = ALWAYS,
+    guidance_refresh: int = 1,
     record: Callable[[StepRecord], None] | None = None,
     law: Mapping[str, int] | None = None,
 ) -> Tensor:
@@ -108,6 +109,8 @@ def sample(
     schedule : which tokens a step generates: "cosine", as published, or staged (`arinar.schedule.stages_of`), whose steps
         ``num_iter`` does not change. Not where tokens are known, nor of a causal model.
     guidance_interval : shares of known tokens between which a step is guided.
+    guidance_refresh : of so many guided steps the first computes the unconditional branch, at the positions of all of them;
+        the others add what it differed by there to their conditional z.
     record : called after each outer step.
     law : what the head's draws depend on besides the config, as a bundle's manifest tells; default the published.
 
@@ -140,7 +143,14 @@ def sample(
     if stages:
         order = _staged(order, config.grid_size, len(stages))
     interval = check_guidance_interval(guidance_interval)
-    plan = steps(length, _num_iter(model, num_iter), unknown, stages=stages, guidance_interval=interval)
+    plan = steps(
+        length,
+        _num_iter(model, num_iter),
+        unknown,
+        stages=stages,
+        guidance_interval=interval,
+        guidance_refresh=guidance_refresh,
+    )
     chains = respacings(config.sampling_steps if sampling_steps is None else sampling_steps, len(plan))
     outer = _Outer(model, _classes(labels, config.num_classes).to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
@@ -148,7 +158,6 @@ def sample(
     for step in plan:
         positions = order[:, step.remaining : step.masked]  # (B, P)
         z_cond, z_uncond = outer.step(tokens, order, step)
-        z_uncond = z_uncond if step.guided else None
         draws = None if given is None else given[rows, positions].flatten(0, 1)
         target = None if forced is None else forced.to(device)[rows, positions].flatten(0, 1)
         guidance = guidance_at(step, length, scales, cfg_schedule).to(device)
@@ -203,10 +212,23 @@ class _Outer:
         self.model, self.copies = model, 2 if guided else 1
         self.labels = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
         self.cache: Any = None
+        self.kept: Tensor | None = None  # what guidance changes in z at the positions of the steps that reuse it, (B, P, C)
 
     def step(self, tokens: Tensor, order: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
         """tokens (B, L, D) as far as they are known, order (B, L) -> z (B * P, C) of the step's positions, image by image,
-        in the conditional branch and, where there is guidance, in the other."""
+        in the conditional branch and, where the step is guided, in the other."""
+        cond, *uncond = self._z(tokens, order, replace(step, remaining=step.remaining - step.ahead))
+        if not uncond or not step.guided:
+            return cond[:, step.ahead :].flatten(0, 1), None
+        if step.reuses:
+            assert self.kept is not None
+            self.kept, change = self.kept.tensor_split([-step.count], 1)
+            return cond.flatten(0, 1), (cond + change).flatten(0, 1)
+        self.kept = (uncond[0] - cond)[:, : step.ahead]
+        return cond[:, step.ahead :].flatten(0, 1), uncond[0][:, step.ahead :].flatten(0, 1)
+
+    def _z(self, tokens: Tensor, order: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """z (B, P, C) of the step's positions, of each branch."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         if not isinstance(self.model, CausalArinar):
             mask = torch.zeros(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
@@ -221,8 +243,7 @@ class _Outer:
             for index in range(first, tokens.shape[1] - step.masked):
                 token = tokens[rows, order[:, -1 - index, None]]  # (B, 1, D)
                 z, self.cache = self.model.step(token.repeat(self.copies, 1, 1), index, self.cache)
-        cond, *uncond = z.flatten(0, 1).chunk(self.copies)
-        return cond, uncond[0] if uncond else None
+        return z.chunk(self.copies)
 
 
 def _num_iter(model: Arinar, num_iter: int | None) -> int:

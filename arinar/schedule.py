@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from .text import shown
@@ -33,12 +33,17 @@ class Step:
 
     With ``order`` (L,) of an image, the positions generated are ``order[remaining:masked]`` and those already
     known are ``order[masked:]``. ``guided``: whether it is, in an image that has guidance.
+
+    Where what guidance changes in z is kept for some steps: ``ahead``: positions below ``remaining``, of the steps that follow,
+    at which it is computed too; ``reuses``: whether this step takes what was kept, and computes no unconditional branch.
     """
 
     index: int
     masked: int
     remaining: int
     guided: bool = True
+    ahead: int = 0
+    reuses: bool = False
 
     @property
     def count(self) -> int:
@@ -62,6 +67,7 @@ def steps(
     *,
     stages: Stages = (),
     guidance_interval: tuple[float, float] = ALWAYS,
+    guidance_refresh: int = 1,
 ) -> list[Step]:
     """The outer steps of one image. Raises ValueError for a ``num_iter`` outside 1..seq_len.
 
@@ -69,6 +75,7 @@ def steps(
     many tokens, in ``num_iter`` steps or, where they are fewer, one step for each; none take no step.
     ``stages``: of a staged order, whose steps are as many as the stages say.
     ``guidance_interval``: a step is guided where the share of tokens known before it is at least the first, below the second.
+    ``guidance_refresh``: of so many guided steps the first computes both branches, the others reuse their difference.
     """
     if not 1 <= num_iter <= seq_len:
         raise ValueError(f"num_iter is {num_iter}; expected 1..{seq_len} (one token a step at most)")
@@ -78,10 +85,22 @@ def steps(
     counts = _staged_counts(stages) if stages else [*mask_counts(unknown, min(num_iter, unknown)), 0]
     low, high = guidance_interval
     pairs = itertools.pairwise(counts)
-    return [
+    plan = [
         Step(index, masked, remaining, low <= (seq_len - masked) / seq_len < high)
         for index, (masked, remaining) in enumerate(pairs)
     ]
+    return plan if guidance_refresh == 1 else _refreshed(plan, guidance_refresh)
+
+
+def _refreshed(plan: list[Step], refresh: int) -> list[Step]:
+    found = list(plan)
+    guided = [step.index for step in plan if step.guided]  # one stretch of the plan
+    for first in guided[::refresh]:
+        group = [index for index in guided if first <= index < first + refresh]
+        found[first] = replace(plan[first], ahead=plan[first].remaining - plan[group[-1]].remaining)
+        for index in group[1:]:
+            found[index] = replace(plan[index], reuses=True)
+    return found
 
 
 def _staged_counts(stages: Stages) -> list[int]:
