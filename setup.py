@@ -57,6 +57,8 @@ setup(
         # 10.1 is the first whose contexts can share their scratch memory.
         "tensorrt": ["tensorrt>=10.1", CUDA_BINDINGS, NVRTC],
         "tensorrt-rtx": ["tensorrt-rtx>=1.0", CUDA_BINDINGS, NVRTC],
+        # Beside `cpu`: bfloat16 on CPUs that have it.
+        "openvino": [ONNXRUNTIME, "openvino>=2026.2"],
         # What trains and exports.
         "export": EXPORT,
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],

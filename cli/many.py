@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import SAMPLING, Labels, Numbers, Options, print_json, quiet, say
+from .common import SAMPLING, Integers, Labels, Numbers, Options, print_json, quiet, say
 from .group import main
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def evaluate(
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the sweep.")
 @click.option("--guidance", type=Numbers(), help="Guidance scales, e.g. 3:5:.25. [default: the bundle's]")
 @click.option("--temperature", type=Numbers(), help="Temperatures, e.g. .9,1,1.1. [default: the bundle's]")
-@click.option("--num-iter", type=Labels(), help="Numbers of outer steps, e.g. 32,64. [default: the bundle's]")
+@click.option("--num-iter", type=Integers(), help="Numbers of outer steps, e.g. 32,64. [default: the bundle's]")
 @click.option("--labels", type=Labels(), help="Class ids and ranges, in equal shares. [default: all classes]")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same for every setting.")
 @click.option(

@@ -243,6 +243,9 @@ class Manifest:
         return f"Manifest({config.outer} {config.head} model of {side} x {side}, {', '.join(self.graphs)})"
 
     def precision_graphs(self, precision: str) -> dict[str, GraphInfo]:
+        """By name. Raises BundleError for a variant that the bundle has not."""
+        if precision in SCHEMES and SCHEMES[precision].runs:
+            return self.precision_graphs(SCHEMES[precision].runs)
         if precision not in self.graphs:
             known = precision in SCHEMES
             add = f"`arinar export CHECKPOINT --precision {precision} -o BUNDLE` adds them" if known else "choose one of those"

@@ -78,7 +78,7 @@ class MaskedOuter:
         check_mixed(batch, self.mixes)
         if self._kept(step := batch.plan[0]):
             targets = batch.noise.order.T[step.remaining :]  # (P, B)
-            keys = keys_of(batch)
+            keys = keys_of(batch, state.branches)
             known = self._first_z(list(dict.fromkeys(key for row in keys for key in row)))
             z = np.stack([np.stack([known[key][targets[:, image]] for image, key in enumerate(row)], 1) for row in keys])
             self.backend.write(self._z(state, step), z)
@@ -230,9 +230,9 @@ class CausalOuter:
 OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOuter, "causal": CausalOuter}
 
 
-def keys_of(batch: Batch) -> list[list[Key]]:
+def keys_of(batch: Batch, branches: int) -> list[list[Key]]:
     """What the images of each branch are of, [branch][image]: the class, further ones, their weights."""
-    labels, others, weights = batch.classes.branches(batch.branches)
+    labels, others, weights = batch.classes.branches(branches)
     others = np.where(weights != 0, others, 0)  # what has no weight tells no classes apart
     pairs = np.moveaxis(others, 0, -1).tolist(), np.moveaxis(weights, 0, -1).tolist()
     return [
