@@ -13,6 +13,7 @@ package_dir = {
     "arinar.export": "export",
     "arinar.runtime": "runtime",
     "arinar.runtime.backends": "runtime/backends",
+    "arinar.runtime.kernels": "runtime/kernels",
     "arinar.calibration": "calibration",
     "arinar.measure": "measure",
     "arinar.serve": "serve",
@@ -22,6 +23,8 @@ package_dir = {
 # 1.23 is the first whose CPU kernels include Attention, 1.24.4 the first that keeps external data inside the folder.
 ONNXRUNTIME = "onnxruntime>=1.24.4"
 EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
+# Compiles our kernels on the machine that runs them.
+NVRTC = "nvidia-cuda-nvrtc>=13"
 DEMO = ["scikit-learn>=1.4"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20", "python-multipart>=0.0.18"]
 
@@ -36,14 +39,18 @@ setup(
     python_requires=">=3.11",
     package_dir=package_dir,
     packages=list(package_dir),
-    package_data={"arinar": ["py.typed", "weights/*.safetensors"], "arinar.serve": ["page.html"]},
+    package_data={
+        "arinar": ["py.typed", "weights/*.safetensors"],
+        "arinar.runtime.kernels": ["*.cu", "*.cuh"],
+        "arinar.serve": ["page.html"],
+    },
     install_requires=["numpy>=1.26", "pillow>=10", "click>=8.1", "tqdm>=4.66"],
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],
-        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.24.4", "cuda-bindings>=12.6"],
-        "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6"],
-        "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6"],
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.24.4", "cuda-bindings>=12.6", NVRTC],
+        "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6", NVRTC],
+        "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6", NVRTC],
         # What trains and exports.
         "export": EXPORT,
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],

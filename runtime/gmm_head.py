@@ -152,7 +152,13 @@ class GmmHead:
         settings, count = self._settings(name, state, step), step.count * state.batch
 
         def draw(
-            mixture: Mapping[str, Any], uniforms: Any, guidance: Any, temperature: Any, feature: Any, tokens: Any, position: int
+            mixture: Mapping[str, Any],
+            uniforms: Any,
+            guidance_scale: Any | None,
+            temperature: Any,
+            feature: Any,
+            tokens: Any,
+            position: int,
         ) -> None:
             cond = {key: value[:count] for key, value in mixture.items()}
             uncond = {f"{key}_uncond": value[count:] for key, value in mixture.items()} if state.guided else {}

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 from cpu_kernels import SCHEDULES, CpuKernels, on_cpu, requires_compiler
 
-from arinar.runtime import gmm
-from arinar.runtime.kernels.source import DRAW_THREADS, MOST_GAUSSIANS, draw_source
+from arinar.runtime import Pipeline, gmm
+from arinar.runtime.kernels.source import DRAW_THREADS, FOLDER, MOST_GAUSSIANS, Source, draw_source
 
 pytestmark = requires_compiler
 
@@ -118,8 +118,9 @@ def test_draws_far_out(golden_mixtures: tuple[Array, Array]) -> None:
 
 
 def test_the_law_of_the_draws_is_the_published_schemes(pairs: dict[str, Array], golden_mixtures: tuple[Array, Array]) -> None:
-    """All golden pairs, scales and guidances, by the tolerance that belongs to them, |F(quantile) - level| <= 4 sqrt(0.25 / n +
-    cdf_se^2) with n = 1e5: draws at levels on either side of it enclose the quantile. A pair's level changes from pair to pair."""
+    """All golden pairs, scales and guidances, by the tolerance that belongs to them, as of n = 1e5 draws: |F(quantile) - level|
+    <= 4 sqrt(0.25 / n + cdf_se^2). Draws at levels on either side of it enclose the quantile; the level is another for each
+    pair."""
     cond, uncond = golden_mixtures
     rows = np.arange(cond.shape[1])
     for scale_index, scale in enumerate(pairs["std_scale"]):
@@ -132,6 +133,29 @@ def test_the_law_of_the_draws_is_the_published_schemes(pairs: dict[str, Array], 
             )
             outside = ((quantile < low) & (level > tolerance)) | ((quantile > high) & (level < 1 - tolerance))
             assert not outside.any(), f"std scale {scale}, guidance {cfg}: pairs {np.nonzero(outside)[0]}"
+
+
+def test_draws_along_real_trajectories(demo_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mixture that guided digits are drawn from, features forced to be the graph's."""
+    pipeline = Pipeline.load(demo_bundle("digits"), backend="onnxruntime-cpu", threads=1, inner="stepwise", verify=False)
+    drawn: list[dict[str, Array]] = []
+    launch = pipeline.backend.launch
+
+    def spy(graph: str, inputs: Any, outputs: Any, rows: Any = None) -> None:
+        launch(graph, inputs, outputs, rows)
+        if graph == "mixture_sample_guided":
+            count = inputs["mu"].shape[0]
+            drawn.append({name: value.reshape(count, -1).copy() for name, value in inputs.items()})
+
+    monkeypatch.setattr(pipeline.backend, "launch", spy)
+    pipeline.generate([0, 1, 7], seed=3, num_iter=4, guidance_scale=3.0)
+    assert len(drawn) == 4 * pipeline.config.token_dim
+    stacked = {name: np.concatenate([inputs[name] for inputs in drawn]) for name in drawn[0]}
+    cond, uncond = (np.stack([stacked[f"{part}{suffix}"] for part in PARTS]) for suffix in ("", "_uncond"))
+    rest = [stacked[name][:, 0] for name in ("uniforms", "guidance_scale", "temperature")]
+    error = np.abs(draw(cond, uncond, *rest) - reference(cond, uncond, *rest))
+    print(f"{len(error)} draws, worst error {error.max():.2e}: draw {error.argmax()}")
+    assert error.max() < 5e-5
 
 
 @pytest.mark.parametrize("num_gaussians", [1, 2, 3, 8, MOST_GAUSSIANS])
@@ -199,16 +223,20 @@ def test_the_order_of_threads_makes_no_difference() -> None:
             assert all(np.array_equal(draws[0], other) for other in draws[1:])
 
 
-def barriers(text: str) -> list[int]:
-    return [match.start() for match in re.finditer(r"__syncthreads\(\);", text)]
+DRAWING = (FOLDER / "draw.cuh").read_text()
+BARRIERS = [match.start() for match in re.finditer(r"__syncthreads\(\);", DRAWING)]
 
 
-@pytest.mark.parametrize("index", range(len(barriers(draw_source(4, 1000).text))))
+def edited(source: Source, place: int, barrier: str) -> CpuKernels:
+    """With something else in place of a barrier."""
+    text = DRAWING[:place] + DRAWING[place:].replace("__syncthreads()", barrier, 1)
+    return CpuKernels(source.text, source.headers | {"draw.cuh": text})
+
+
+@pytest.mark.parametrize("index", range(len(BARRIERS)))
 def test_a_barrier_that_is_left_out_is_noticed(index: int) -> None:
     """Each of them is needed, and the orders of threads show it."""
-    source = draw_source(4, 1000)
-    text, place = source.text, barriers(source.text)[index]
-    broken = CpuKernels(text[:place] + text[place + len("__syncthreads();") :], source.headers)
+    broken = edited(draw_source(4, 1000), BARRIERS[index], "")
     cond, uncond = mixtures(3, 4, seed=8)
     uniforms = np.array([0.1, 0.6, 0.97])
 
@@ -221,9 +249,7 @@ def test_a_barrier_that_is_left_out_is_noticed(index: int) -> None:
 
 
 def test_a_barrier_that_some_threads_do_not_reach_is_an_error() -> None:
-    source = draw_source(2, 1000)
-    (place, *_), text = barriers(source.text), source.text
-    broken = CpuKernels(f"{text[:place]}if (threadIdx.x != 70) {text[place:]}", source.headers)
+    broken = edited(draw_source(2, 1000), BARRIERS[0], "if (threadIdx.x != 70) __syncthreads()")
     cond, uncond = mixtures(1, 2, seed=9)
     with pytest.raises(RuntimeError, match=r"mixture_draw: threads wait for one another: .*255 at the block's barrier in line"):
         draw(cond, uncond, np.array([0.5]), 3.0, kernels=broken)

@@ -270,7 +270,7 @@ class Cuda:
 
     @property
     def driver(self) -> Any:
-        """`cuda.bindings.driver`, or what a test's runtime has as ``driver_api``; None where it has none: there are no kernels."""
+        """`cuda.bindings.driver`, or what a test's runtime has as ``driver_api``; where that is None, there are no kernels."""
         if isinstance(self.runtime, types.ModuleType):
             return importlib.import_module("cuda.bindings.driver")
         return self.runtime.driver_api

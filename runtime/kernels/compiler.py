@@ -54,7 +54,9 @@ def cubin(source: Source, compute_capability: str, folder: Path) -> bytes:
         try:
             write(path, code, source, architecture, compiler)
         except OSError as error:
-            warnings.warn(f"the compiled kernels are not kept, and compiled at every start: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"the compiled kernels are not kept, and compiled at every start: {error}", RuntimeWarning, stacklevel=2
+            )
     return code
 
 

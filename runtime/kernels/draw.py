@@ -17,7 +17,7 @@ def draw_kernel(device: Any, num_gaussians: int, num_candidates: int, folder: Pa
 
     Raises KernelError where it cannot be had: no compiler, an unknown GPU, mixtures too large for it."""
     if num_gaussians > MOST_GAUSSIANS:
-        raise KernelError(f"the kernel draws from at most {MOST_GAUSSIANS} Gaussians, this model's mixtures have {num_gaussians}")
+        raise KernelError(f"the kernel takes at most {MOST_GAUSSIANS} Gaussians, this model's mixtures have {num_gaussians}")
     code = cubin(draw_source(num_gaussians, num_candidates), device.info.compute_capability, folder)
     return DrawKernel(device, code)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from arinar import mixture_law
 
 FOLDER = Path(__file__).parent
-HEADERS = ("device.cuh",)
+HEADERS = ("device.cuh", "draw.cuh")
 #: Constants of the law that go to the kernels under the names that they have there.
-LAW = ("CELLS_PER_GAUSSIAN", "REACH", "TABLE_NODES", "NODES", "EVEN_RANGE", "SOFT_MIN", "LOG_TW_MIN", "LOG_TW_MAX")
-LAW += ("LOGIT_MAX", "MAX_LEAN", "TINY", "SMALL")
+LAW = "CELLS_PER_GAUSSIAN REACH TABLE_NODES NODES EVEN_RANGE SOFT_MIN LOG_TW_MIN LOG_TW_MAX LOGIT_MAX MAX_LEAN TINY SMALL"
 #: Threads of a row's block: with the published four Gaussians, one for each cell.
 DRAW_THREADS = 256
 #: Gaussians of a mixture, at most: beyond, a row's cells do not fit a block's static shared memory (48 KiB).
@@ -55,7 +54,7 @@ def draw_source(num_gaussians: int, num_candidates: int) -> Source:
 def draw_constants(num_gaussians: int, num_candidates: int) -> dict[str, float | Iterable[float]]:
     """Of one candidate a guided draw is a plain one: what the plan is made for then does not matter."""
     plan = mixture_law.node_plan(max(2, num_candidates))
-    law: dict[str, float] = {name: getattr(mixture_law, name) for name in LAW}
+    law: dict[str, float] = {name: getattr(mixture_law, name) for name in LAW.split()}
     return {
         "DRAW_THREADS": DRAW_THREADS,
         "GAUSSIANS": num_gaussians,
