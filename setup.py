@@ -22,6 +22,11 @@ package_dir = {
 
 # 1.23 is the first whose CPU kernels include Attention, 1.24.4 the first that keeps external data inside the folder.
 ONNXRUNTIME = "onnxruntime>=1.24.4"
+# Before 1.31 Pad, ReduceMax, ReduceMin and ConstantOfShape of our opset have no CUDA kernels, and the norms of our CUDA form
+# keep their statistics in float16. Its extras name the libraries that it links, but for cuBLAS.
+ONNXRUNTIME_GPU = "onnxruntime-gpu[cuda,cudnn]>=1.31"
+# Before 12.9 it raises, where there is no driver, what is no error code.
+CUDA_BINDINGS = "cuda-bindings>=12.9"
 EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
 # Compiles our kernels on the machine that runs them.
 NVRTC = "nvidia-cuda-nvrtc>=13"
@@ -48,9 +53,10 @@ setup(
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],
-        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.24.4", "cuda-bindings>=12.6", NVRTC],
-        "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6", NVRTC],
-        "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6", NVRTC],
+        "gpu": [ONNXRUNTIME_GPU, "nvidia-cublas>=13,<14", CUDA_BINDINGS, NVRTC],
+        # 10.1 is the first whose contexts can share their scratch memory.
+        "tensorrt": ["tensorrt>=10.1", CUDA_BINDINGS, NVRTC],
+        "tensorrt-rtx": ["tensorrt-rtx>=1.0", CUDA_BINDINGS, NVRTC],
         # What trains and exports.
         "export": EXPORT,
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],

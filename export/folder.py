@@ -169,8 +169,8 @@ def _moved(manifest: Manifest, old: str, new: str) -> Manifest:
         return new + file.removeprefix(old) if file.startswith(old) else file
 
     def graph(info: GraphInfo) -> GraphInfo:
-        cpu_file = None if info.cpu_file is None else name(info.cpu_file)
-        return replace(info, file=name(info.file), cpu_file=cpu_file, weights=tuple(map(name, info.weights)))
+        cpu, cuda = (file and name(file) for file in (info.cpu_file, info.cuda_file))
+        return replace(info, file=name(info.file), cpu_file=cpu, cuda_file=cuda, weights=tuple(map(name, info.weights)))
 
     return replace(
         manifest,

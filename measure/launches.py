@@ -24,7 +24,7 @@ VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 #: Nodes whose result is a size, whatever their input holds.
 SIZES = frozenset({"Shape", "Size"})
 #: Nodes that make a tensor of a given size: one launch, though their inputs are sizes.
-MAKERS = frozenset({"ConstantOfShape", "EyeLike", "Range"})
+MAKERS = frozenset({"ConstantOfShape", "Expand", "EyeLike", "Range", "Tile"})
 #: Nodes of any number of inputs, taken two by two.
 PAIRWISE = frozenset({"Max", "Mean", "Min", "Sum"})
 
@@ -43,7 +43,8 @@ KERNELS: dict[str, Callable[[NodeProto], int]] = {
     "ScatterElements": lambda node: 2,  # a copy of the data, then the updates
     "ScatterND": lambda node: 2,
     "TensorScatter": lambda node: 2,
-    # Of com.microsoft: product, bias with the split into heads, fused attention; without the product where it is given.
+    # Of com.microsoft: product, bias with the split into heads, fused attention; without the product where it is given. (Up
+    # to 256 keys, or where there are rows enough for all processors, no second kernel joins parts of the attention.)
     "com.microsoft::Attention": lambda node: 3,
     "com.microsoft::MultiHeadAttention": lambda node: 1 + (_given(node, 3) or not _given(node, 1)),
 }

@@ -52,8 +52,7 @@ class Loop:
     """Generates micro-batches with one bundle on one backend.
 
     inner : how the head generates a token, one of its MODES; None: what suits the backend.
-    keep_first_step : whether z of a first step, where no token is visible, is computed once per label. None: where the
-        backend computes as it is told (on a GPU it would save a sixty-fourth of a recorded sequence). False where every
+    keep_first_step : whether z of a first step, where no token is visible, is computed once per label. False where every
         launch is to be seen.
     """
 
@@ -64,15 +63,14 @@ class Loop:
         config: ArinarConfig,
         inner: str | None = None,
         *,
-        keep_first_step: bool | None = None,
+        keep_first_step: bool = True,
     ) -> None:
         check_graphs(graphs, config)
         head = head_class(config)
         if inner is not None and inner not in head.MODES:
             raise ValueError(f"inner is {shown(inner)}; choose one of {', '.join(head.MODES)}")
         self.backend, self.config = backend, config
-        keep = backend.synchronous if keep_first_step is None else keep_first_step
-        self.outer: Outer = OUTERS[config.outer](backend, graphs, config, keep)
+        self.outer: Outer = OUTERS[config.outer](backend, graphs, config, keep_first_step)
         self.head: Head = head(backend, graphs, config, inner)
         self._idle: list[State] = []  # the most recently used last
         self._owners = itertools.count()

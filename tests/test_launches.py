@@ -37,14 +37,15 @@ def test_views_sizes_and_constants_launch_nothing() -> None:
             node("MatMul", "r wt", "m"),
             node("Expand", "m shape2", "e"),
             node("ConstantOfShape", "shape", "c"),  # a tensor of that size: written by a kernel
-            node("Max", "e c x", "y"),
+            node("Expand", "w shape", "f"),
+            node("Max", "e c f", "y"),
         ],
         w=np.ones((2, 2), np.float32),
         zero=np.zeros(1, np.int64),
         two=np.full(1, 2, np.int64),
         shape2=np.ones(2, np.int64),
     )
-    assert launches(model) == {"MatMul": 1, "Expand": 1, "ConstantOfShape": 1, "Max": 2}
+    assert launches(model) == {"MatMul": 1, "Expand": 2, "ConstantOfShape": 1, "Max": 2}
 
 
 def test_nodes_of_several_kernels() -> None:

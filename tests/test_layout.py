@@ -53,6 +53,7 @@ TORCH_FREE = {
             "launches",
             "parity_report",
             "peaks",
+            "plans",
         )
     ),
 }

@@ -38,16 +38,17 @@ def backend_options(name: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def choose_backend(bundle: Bundle, precision: str, missing: list[str] | None = None) -> str:
+def choose_backend(bundle: Bundle, precision: str, missing: list[str] | None = None, device: int = 0) -> str:
     """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else the CPU.
 
-    Never raises: what is missing or broken is passed over, and told to ``missing``, a reason each.
+    device : index of the GPU that is asked. Never raises: what is missing or broken is passed over, and told to
+    ``missing``, a reason each.
     """
     reasons = [] if missing is None else missing
     try:
         from .cuda import device_info, load_runtime
 
-        capability = device_info(load_runtime()).compute_capability
+        capability = device_info(load_runtime(), device).compute_capability
     except Exception as error:  # no driver, no GPU, no cuda-bindings, or a broken one
         reasons.append(str(error))
         return "onnxruntime-cpu"
@@ -79,7 +80,8 @@ def open_backend(bundle: Bundle, name: str | None, precision: str, **options: An
     if isinstance(name, str) and name in ALIASES:
         name, preset = ALIASES[name]
         options = preset | options
-    chosen = choose_backend(bundle, precision, missing) if name is None else name
+    device = 0 if options.get("device") is None else options["device"]
+    chosen = choose_backend(bundle, precision, missing, device) if name is None else name
     known = backend_options(chosen)
     for option in [option for option in options if option not in known]:
         if name is not None or not any(option in backend_options(other) for other in BACKENDS):
