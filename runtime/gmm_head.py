@@ -61,6 +61,7 @@ class GmmHead:
     def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, mode: str | None) -> None:
         self.backend, self.infos, self.config = backend, graphs, config
         self.native = None if mode == "fused" else backend.native_draw()
+        self.token = backend.native_token() if self.native else None
         self.mode = mode or ("stepwise" if self.native else "fused")
 
     @staticmethod
@@ -137,14 +138,23 @@ class GmmHead:
         rows, now = state.branches * count, slice(step.remaining, step.masked)
         feature = own.chain.feature[:rows]
         mixture = {key: value[:rows] for key, value in own.chain.mixture.items()}
+        uniforms = [
+            own.uniforms[position : position + 1].reshape(config.seq_len, state.batch, -1)[now]
+            for position in range(config.token_dim)
+        ]
+        settings = state.guidance[now] if state.guided else None, state.temperature[now]
+        z = z.reshape(rows, config.z_width)
+        if self.token is not None and rows <= self.token.most_rows:
+            start, modulation = own.chain.start[:rows], own.chain.modulation[:rows]
+            self.backend.launch("inner_condition", {"z": z}, {"start": start, "modulation": modulation})
+            self.token(start, modulation, uniforms, *settings, feature, state.tokens[now])
+            return
         draw = self.native or self._graph_draw(state, step)
-        guidance_scale = state.guidance[now] if state.guided else None
 
         def advance(position: int) -> None:
-            uniforms = own.uniforms[position : position + 1].reshape(config.seq_len, state.batch, -1)[now]
-            draw(mixture, uniforms, guidance_scale, state.temperature[now], feature, state.tokens[now], position)
+            draw(mixture, uniforms[position], *settings, feature, state.tokens[now], position)
 
-        self._chain(own.chain, z.reshape(rows, config.z_width), advance)
+        self._chain(own.chain, z, advance)
 
     def _graph_draw(self, state: State, step: Step) -> Draw:
         """A draw by the graph, and copies of what it gives."""

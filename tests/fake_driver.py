@@ -40,6 +40,7 @@ class FakeDriver:
 
     def __init__(self, runtime: FakeCudaRuntime, *, compute: bool = True) -> None:
         self.runtime, self.compute = runtime, compute
+        self.schedule = 0  # the order of a block's threads, see `cpu_kernels`
         self.launches: list[KernelLaunch] = []
         self.images: list[bytes] = []
 
@@ -70,7 +71,7 @@ class FakeDriver:
         self.launches.append(KernelLaunch(name, grid, block, shared_bytes))
         self.runtime.log.append(("cuLaunchKernel", name, grid, block))
         if module is not None:
-            self.runtime.enqueue(lambda: module.launch(name, grid, block, values, types))
+            self.runtime.enqueue(lambda: module.launch(name, grid, block, values, types, schedule=self.schedule))
         return (CUresult.CUDA_SUCCESS,)
 
 

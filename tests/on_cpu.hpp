@@ -208,6 +208,25 @@ struct Caller<function> {
 
 }  // namespace on_cpu
 
+// float16 as bits, to nearest, ties to even.
+inline float half_to_float(unsigned short bits) {
+  int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+               : exponent     ? std::ldexp(float(1024 + mantissa), exponent - 25)
+                              : std::ldexp(float(mantissa), -24);
+  return bits >> 15 ? -size : size;
+}
+
+inline unsigned short float_to_half(float value) {
+  unsigned short sign = std::signbit(value) ? 0x8000 : 0;
+  float size = std::fabs(value);
+  if (size != size) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent = size < std::ldexp(1.0f, -14) ? -14 : std::ilogb(size);
+  int steps = int(std::nearbyint(std::ldexp(size, 10 - exponent)));  // 1024 to 2048, or fewer where it is subnormal
+  return sign | (unsigned short)(steps >= 1024 ? ((exponent + 15) << 10) + steps - 1024 : steps);
+}
+
 // 0, or 1 with what went wrong in `error`. together: all blocks of the grid are on the GPU at the same time.
 extern "C" int on_cpu_launch(const char* name, const unsigned* grid, const unsigned* block, void** arguments, uint64_t schedule,
                              int together, char* error, size_t room_for_error) {

@@ -12,9 +12,10 @@ import pytest
 from cubins import Needs, needs
 from fake_driver import FakeNvrtc
 
+from arinar.config import ArinarConfig
 from arinar.runtime.kernels import compiler
 from arinar.runtime.kernels.compiler import KernelError, cubin
-from arinar.runtime.kernels.source import FOLDER, MOST_GAUSSIANS, Source, draw_source
+from arinar.runtime.kernels.source import FOLDER, MOST_GAUSSIANS, Source, draw_source, inner_source
 
 SOURCE = draw_source(4, 1000)
 
@@ -129,6 +130,15 @@ ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 #: Of the published model's mixtures: half the registers and a tenth of the static shared memory that a block may have.
 MOST = Needs(registers=64, local=0, shared=6 * 1024, code=64 * 1024)
 
+MOST_INNER = {
+    "inner_qkv": Needs(registers=144, shared=27 * 1024),
+    "inner_attend": Needs(registers=72, shared=2 * 1024),
+    "inner_project": Needs(registers=144, shared=2 * 1024),
+    "inner_expand": Needs(registers=144, shared=27 * 1024),
+    "inner_contract": Needs(registers=192, shared=2 * 1024),
+    "inner_draw": Needs(registers=72, shared=12 * 1024),
+}
+
 
 @requires_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -138,6 +148,22 @@ def test_the_draw_compiles_and_needs_little(architecture: str, tmp_path: Path) -
     assert found.registers and found.shared and found.code
     assert found.local == MOST.local  # nothing is spilled
     assert found.registers <= MOST.registers and found.shared <= MOST.shared and found.code <= MOST.code
+
+
+@requires_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_inner_model_compiles_and_spills_nothing(architecture: str, tmp_path: Path) -> None:
+    """The published shape, in float16; two blocks of each kernel, or nearly so, fit a multiprocessor."""
+    for name, found in needs(cubin(inner_source(ArinarConfig(), 1000, "float16"), architecture, tmp_path)).items():
+        print(architecture, name, found)
+        assert found.registers <= MOST_INNER[name].registers and found.shared <= MOST_INNER[name].shared
+        assert found.local == 0 and found.code <= 64 * 1024
+
+
+@requires_nvrtc
+def test_the_inner_model_compiles_in_float32(tmp_path: Path) -> None:
+    found = needs(cubin(inner_source(ArinarConfig(), 1000, "float32"), "9.0", tmp_path))
+    assert set(found) == set(MOST_INNER) and all(kernel.local == 0 and kernel.registers <= 192 for kernel in found.values())
 
 
 @requires_nvrtc

@@ -7,7 +7,7 @@ the loop handles buffers only by slicing their first axis and reshaping, which n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +53,26 @@ class Draw(Protocol):
         feature: Any,
         tokens: Any,
         position: int,
+    ) -> None: ...
+
+
+class Token(Protocol):
+    """All features of a token of N rows, N at most ``most_rows``, from what the conditioning gave, without a graph.
+
+    start (N, W), modulation (N, ...) ; uniforms: (M, U) for each feature; the others as in `Draw`.
+    """
+
+    most_rows: int
+
+    def __call__(
+        self,
+        start: Any,
+        modulation: Any,
+        uniforms: Sequence[Any],
+        guidance_scale: Any | None,
+        temperature: Any,
+        feature: Any,
+        tokens: Any,
     ) -> None: ...
 
 
@@ -103,6 +123,9 @@ class Backend(Protocol):
 
     def native_draw(self) -> Draw | None:
         """What draws from Gaussian mixtures by the bundle's law in one launch; None where only graphs do."""
+
+    def native_token(self) -> Token | None:
+        """What makes whole tokens of a few rows in few launches; None where only graphs do."""
 
     def mark(self) -> Any:
         """A point in the work that was launched so far."""

@@ -111,6 +111,9 @@ class CpuBackend:
     def native_draw(self) -> None:
         return None
 
+    def native_token(self) -> None:
+        return None
+
     def mark(self) -> None:
         pass
 

@@ -24,6 +24,7 @@ import numpy as np
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..kernels.compiler import KernelError
 from ..kernels.draw import DrawKernel, draw_kernel
+from ..kernels.inner import TokenKernels, fits, token_kernels
 from .base import Array, Rows, merged
 from .cuda import Cuda, CudaError, DeviceBuffer
 from .engines import kernel_folder
@@ -81,6 +82,8 @@ class CudaBackend:
     synchronous = False
     #: How often a sequence runs before it is captured: until the library allocates no more.
     warm_up_runs = 1
+    #: Rows up to which our kernels make tokens: beyond, the library's products gain more than its launches cost.
+    native_rows = 64
 
     def __init__(self, bundle: Bundle, precision: str, *, cuda_graphs: bool, device: int = 0, cuda: Cuda | None = None) -> None:
         self.cuda = cuda if cuda is not None else Cuda(device)
@@ -224,20 +227,31 @@ class CudaBackend:
             _destroy_all(self.cuda, {owner: owned})  # before the contexts and addresses that they use
             owned.bindings.clear()
 
+    # Kernels of our own. Where they cannot be had, a warning says why, and graphs do the same in many small launches.
+
     def native_draw(self) -> DrawKernel | None:
-        """Where it cannot be had, a warning says why, and the graphs draw: many small launches in its place."""
         manifest = self._bundle.manifest
         if self.cuda.driver is None or manifest.config.head != "gmm":
             return None
         try:
-            return draw_kernel(
-                self.cuda,
-                manifest.config.num_gaussians,
-                manifest.law["num_candidates"],
-                kernel_folder(self._bundle),
-            )
+            candidates, folder = manifest.law["num_candidates"], kernel_folder(self._bundle)
+            return draw_kernel(self.cuda, manifest.config.num_gaussians, candidates, folder)
         except (KernelError, CudaError) as error:
             warnings.warn(f"{self.name}: tokens are drawn by graphs, which is slower: {error}", RuntimeWarning, stacklevel=2)
+            return None
+
+    def native_token(self) -> TokenKernels | None:
+        manifest, folder = self._bundle.manifest, kernel_folder(self._bundle)
+        plain = manifest.scheme(self._precision) in ("fp32", "fp16")
+        if not (self.native_rows and plain and self.cuda.driver is not None and fits(manifest.config)):
+            return None
+        try:
+            graph, candidates = self._bundle.graph_path(self._info("inner_step")), manifest.law["num_candidates"]
+            return token_kernels(self.cuda, graph, manifest.config, candidates, self.native_rows, folder)
+        except (KernelError, CudaError, OSError) as error:
+            warnings.warn(
+                f"{self.name}: features are computed by graphs, which is slower: {error}", RuntimeWarning, stacklevel=2
+            )
             return None
 
     def mark(self) -> Any:

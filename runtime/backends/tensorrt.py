@@ -50,6 +50,7 @@ class TensorRt(CudaBackend):
     """
 
     name = "tensorrt"
+    native_rows = 16
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arinar import mixture_law
+from arinar.config import ArinarConfig
 
 FOLDER = Path(__file__).parent
 HEADERS = ("device.cuh", "draw.cuh")
@@ -16,6 +17,9 @@ HEADERS = ("device.cuh", "draw.cuh")
 LAW = "CELLS_PER_GAUSSIAN REACH TABLE_NODES NODES EVEN_RANGE SOFT_MIN LOG_TW_MIN LOG_TW_MAX LOGIT_MAX MAX_LEAN TINY SMALL"
 #: Threads of a row's block: with the published four Gaussians, one for each cell.
 DRAW_THREADS = 256
+#: How many warps of a block of eight divide a column of each product of the inner model: so many that, at the published size,
+#: each of a large GPU's 132 multiprocessors has a block, or nearly so.
+SPLITS = {"qkv": 2, "project": 4, "expand": 2, "contract": 8}
 #: Gaussians of a mixture, at most: beyond, a row's cells do not fit a block's static shared memory (48 KiB).
 MOST_GAUSSIANS = 32
 
@@ -66,12 +70,35 @@ def draw_constants(num_gaussians: int, num_candidates: int) -> dict[str, float |
     }
 
 
-def constants(values: Mapping[str, float | Iterable[float]]) -> str:
-    """As lines of the preprocessor: integers, numbers in float32, lists of these in braces."""
+def inner_source(config: ArinarConfig, num_candidates: int, dtype: str) -> Source:
+    """A feature of the inner model, its weights, modulation and cache of a type: float32 or float16."""
+    return Source(
+        "inner.cu",
+        constants(
+            {
+                **draw_constants(config.num_gaussians, num_candidates),
+                "NUMBER": {"float32": "float", "float16": "Half"}[dtype],
+                "WIDTH": config.inner_width,
+                "HEADS": config.inner_heads,
+                "HIDDEN": int(config.inner_width * config.inner_mlp_ratio),
+                "FEATURES": config.token_dim,
+                "MODULATIONS": 6 * config.inner_depth + 2,
+                "NORM_EPS": config.norm_eps,
+                "ATTENTION_SCALE": config.inner_attention_scale,
+                **{f"{name.upper()}_SPLIT": split for name, split in SPLITS.items()},
+            }
+        ),
+    )
+
+
+def constants(values: Mapping[str, str | float | Iterable[float]]) -> str:
+    """As lines of the preprocessor: integers, numbers in float32, lists of these in braces; texts as they are."""
     return "".join(f"#define {name} {_literal(value)}\n" for name, value in values.items())
 
 
-def _literal(value: float | Iterable[float]) -> str:
+def _literal(value: str | float | Iterable[float]) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, int):
         return f"({value})"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The draw kernel in the GPU runtime, on the fake GPU: what it replaces, that it is recorded, and what happens without it."""
+"""Our kernels in the GPU runtime, on the fake GPU: what they replace, that they are recorded, what happens without them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ def digits(demo_bundle: Any, tmp_path: Path) -> Path:
     return folder
 
 
-def gpu(path: Path, runtime: FakeCudaRuntime, backend: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipeline:
+def gpu(
+    path: Path, runtime: FakeCudaRuntime, backend: str, monkeypatch: pytest.MonkeyPatch, *, rows: int = 0, **options: Any
+) -> Pipeline:
+    """``rows``: up to which whole tokens are the kernels'; none: only draws are."""
+    for module, name in (("gpu", "CudaBackend"), ("tensorrt", "TensorRt")):
+        monkeypatch.setattr(f"arinar.runtime.backends.{module}.{name}.native_rows", rows)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(runtime))
     monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime(runtime))
     return Pipeline.load(path, backend=backend, cuda=Cuda(runtime=runtime), verify=False, cuda_graphs=True, **options)
@@ -92,6 +97,70 @@ def test_a_draw_is_one_launch(
     between = Counter(names[second + 1 : third])
     # Keys and values into their cache; a position that is another slice of its table, to where it was bound.
     assert between == {"cudaMemcpy2DAsync": 2, "cudaMemcpyAsync": 1}
+
+
+FEATURE = ["qkv", "attend", "project", "expand", "contract", "draw"]
+
+
+@requires_compiler
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_by_the_kernels_are_those_of_the_graphs(
+    digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up, capture, replay; steps of few rows by the kernels, of more by the graphs and the draw."""
+    call: dict[str, Any] = {"labels": LABELS[:1], "num_iter": 8, "guidance_scale": 2.5}
+    reference = Pipeline.load(digits, backend="onnxruntime-cpu", threads=1, verify=False, inner="stepwise")
+    wanted = [reference.generate(**call, seed=seed) for seed in range(3)]
+    pipeline = gpu(digits, runtime, backend, monkeypatch, rows=4)
+    found = []
+    for seed, want in enumerate(wanted):
+        have = pipeline.generate(**call, seed=seed)
+        found.append(len(runtime.driver_api.launches))
+        assert np.abs(have.tokens - want.tokens).max() < 1e-3
+        assert all(np.abs(np.subtract(a, b, dtype=int)).max() <= 1 for a, b in zip(have.images, want.images, strict=True))
+    names = Counter(launch.name.removeprefix("inner_") for launch in runtime.driver_api.launches)
+    few = names["qkv"]
+    assert few and names["mixture_draw"] and names == {**dict.fromkeys(FEATURE, few), "mixture_draw": names["mixture_draw"]}
+    assert found[0] * 2 == found[1] == found[2]  # the last time nothing is issued but recordings
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_feature_is_six_launches(
+    digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the conditioning and the next outer step nothing else is issued: no copy, no launch of a graph."""
+    runtime.driver_api.compute = False  # there are no results then: what is issued does not depend on them
+    pipeline = gpu(digits, runtime, "onnxruntime-cuda", monkeypatch, rows=64)
+    with pytest.raises(FloatingPointError):
+        pipeline.generate(LABELS[:1], guidance_scale=2.0 if guided else 1.0, num_iter=4)
+    names = [launch.name.removeprefix("inner_") for launch in runtime.driver_api.launches]
+    assert names == FEATURE * pipeline.config.token_dim * 4
+    calls = runtime.names()
+    first = calls.index("cuLaunchKernel")
+    launches = len(FEATURE) * pipeline.config.token_dim
+    assert calls[first : first + launches] == ["cuLaunchKernel"] * launches
+
+
+def test_weights_that_cannot_be_read_leave_the_draw(
+    digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.driver_api.compute = False
+    monkeypatch.setattr("arinar.runtime.kernels.weights.Graph.products", lambda graph: [])
+    with pytest.warns(RuntimeWarning, match=r"features are computed by graphs, which is slower: inner_step.onnx has other"):
+        pipeline = gpu(digits, runtime, "tensorrt", monkeypatch, rows=64)
+    head: Any = pipeline.loop.head
+    assert head.native is not None and head.token is None and head.mode == "stepwise"
+
+
+def test_models_whose_shape_the_kernels_lack_have_the_draw(
+    digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.driver_api.compute = False
+    monkeypatch.setattr("arinar.runtime.kernels.inner.MOST_FEATURES", 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head: Any = gpu(digits, runtime, "tensorrt", monkeypatch, rows=64).loop.head
+    assert head.native is not None and head.token is None
 
 
 @requires_compiler
