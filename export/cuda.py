@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 import torch
 import torch.nn.functional as F
+from onnx import helper
 from torch import Tensor, nn
 
 from arinar.head import wide
@@ -153,11 +154,14 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def self_attention(x: Tensor, attn: Attention) -> Tensor:
-    """x (N, S, C) -> (N, S, C): queries, keys, values and attention, without the output projection."""
+    """x (N, S, C) -> (N, S, C): queries, keys, values and attention, without the output projection.
+
+    (The operator takes its weight the other way round: `finish_cuda_form` turns it, where the exporter would store a copy.)
+    """
     if torch.compiler.is_exporting():
         out: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Attention",
-            (x, attn.qkv.weight.T, attn.qkv.bias),
+            (x, attn.qkv.weight, attn.qkv.bias),
             {"num_heads": attn.heads, "scale": head_scale(attn)},
             dtype=x.dtype,
             shape=x.shape,
@@ -193,8 +197,15 @@ def cuda_path(path: Path) -> Path:
 
 
 def finish_cuda_form(path: Path) -> None:
-    """Leave out of a traced form the outputs that nobody reads: kernels would have to make them."""
+    """Name a traced form as its graph, turn attention's weights, and leave out the outputs that nobody reads: kernels would
+    have to make them."""
     model = onnx.load(path, load_external_data=False)
+    model.graph.name = path.name.split(".")[0]
+    for node in [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == "Attention"]:
+        turned = f"{node.input[1]}/turned"
+        before = list(model.graph.node).index(node)
+        model.graph.node.insert(before, helper.make_node("Transpose", [node.input[1]], [turned], name=turned, perm=[1, 0]))
+        node.input[1] = turned
     blank_unread_outputs(model)
     write_model(model, path)
 

@@ -54,6 +54,12 @@ def test_a_block_is_nine_launches(bundle: Bundle) -> None:
     assert kinds["Attention"] == 3 * (blocks - 1) and kinds["MultiHeadAttention"] == 2
     assert kinds["SkipLayerNormalization"] == 2 * blocks + 1 and kinds["BiasGelu"] == blocks
     assert "Split" not in kinds and "Softmax" not in kinds
+    # What attention multiplies by is the plain form's weight as it is stored, turned when a session is made.
+    turned = {node.output[0]: node.input[0] for node in form.graph.node if node.op_type == "Transpose"}
+    weights = [turned[node.input[1]] for node in form.graph.node if node.op_type == "Attention"]
+    stored = {tensor.name: tensor.SerializeToString() for tensor in plain.graph.initializer}
+    assert len(weights) == blocks - 1
+    assert all(t.SerializeToString() == stored[t.name] for t in form.graph.initializer if t.name in weights)
 
 
 def test_the_form_is_of_fp16_masked_models_alone(bundle: Bundle) -> None:

@@ -503,7 +503,7 @@ def test_visible_and_hidden_tokens_have_opposite_ranges() -> None:
     """No profile admits all tokens visible and hidden at once: that would make the largest tensors of what never occurs."""
     config = PRESETS["base"]
     bands = axis_ranges(config, (1, 8, 64), 16, 64, least_visible=1)
-    assert [axes["V"] for axes in bands] == [(1, 32, 64), (65, 96, 128), (129, 160, 191), (192, 223, 255)]
+    assert [axes["V"] for axes in bands] == [(1, 32, 63), (64, 95, 127), (128, 159, 191), (192, 223, 255)]
     assert [axes["U"][1] for axes in bands] == sorted((axes["U"][1] for axes in bands), reverse=True)
     most = max(axes["V"][2] + axes["P"][2] + axes["U"][2] for axes in bands)
     assert most < config.seq_len + 64 + 25
