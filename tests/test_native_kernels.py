@@ -108,7 +108,7 @@ def test_tokens_by_the_kernels_are_those_of_the_graphs(
     digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Warm-up, capture, replay; steps of few rows by the kernels, of more by the graphs and the draw."""
-    call: dict[str, Any] = {"labels": LABELS[:1], "num_iter": 8, "guidance_scale": 2.5}
+    call: dict[str, Any] = {"labels": LABELS[:1], "num_iter": 4, "guidance_scale": 2.5}
     reference = Pipeline.load(digits, backend="onnxruntime-cpu", threads=1, verify=False, inner="stepwise")
     wanted = [reference.generate(**call, seed=seed) for seed in range(3)]
     pipeline = gpu(digits, runtime, backend, monkeypatch, rows=4)
@@ -131,8 +131,7 @@ def test_a_feature_is_six_launches(
     """Between the conditioning and the next outer step nothing else is issued: no copy, no launch of a graph."""
     runtime.driver_api.compute = False  # there are no results then: what is issued does not depend on them
     pipeline = gpu(digits, runtime, "onnxruntime-cuda", monkeypatch, rows=64)
-    with pytest.raises(FloatingPointError):
-        pipeline.generate(LABELS[:1], guidance_scale=2.0 if guided else 1.0, num_iter=4)
+    pipeline.generate(LABELS[:1], guidance_scale=2.0 if guided else 1.0, num_iter=4)
     names = [launch.name.removeprefix("inner_") for launch in runtime.driver_api.launches]
     assert names == FEATURE * pipeline.config.token_dim * 4
     calls = runtime.names()

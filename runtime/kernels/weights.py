@@ -51,7 +51,7 @@ class InnerWeights:
 
 
 def read_inner_weights(path: Path, config: ArinarConfig) -> InnerWeights:
-    """Raises KernelError where the graph is not what the exporter makes of the config; OSError, ValueError for a broken file."""
+    """Raises KernelError where the graph is not what the exporter makes of the config; OSError, ValueError: a broken file."""
     graph = Graph(path)
     width, hidden = config.inner_width, int(config.inner_width * config.inner_mlp_ratio)
     products = graph.products()
