@@ -23,8 +23,8 @@ BUILDERS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 @dataclass
 class Session:
-    """``demo``, ``full``, ``causal``: names of the small trained model, the full-size one, the causal one. ``most``: images that
-    an engine takes at a time."""
+    """``demo``, ``full``, ``causal``: names of the small trained model, the full-size one, the causal one. ``most``: images
+    that an engine takes at a time."""
 
     report: Report
     exports: Exports
