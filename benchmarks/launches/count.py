@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from .shapes import tensor_shapes
 
 #: Phases of a launch. "fill": what goes up; "head": the work of a head but its draws; "draw": from a law to a feature.
 PHASES = ("fill", "outer", "head", "draw", "decode")
+#: What products are computed in where TF32 is let.
+TF32 = {"float32": "tf32"}
 RULES = {"onnxruntime-cuda": onnxruntime_kernels, "tensorrt": tensorrt_kernels}
 
 
@@ -74,6 +76,8 @@ class GraphCounts:
             name = self.graph_name(item)
             info = self.infos[name]
             for kernel in self.kernels(item):
+                if info.bears_tf32:  # both backends let it, unless told otherwise
+                    kernel = replace(kernel, flops={TF32.get(kind, kind): count for kind, count in kernel.flops.items()})
                 phase = "draw" if kernel.draws or info.draws == "one" else info.phase
                 count.add(phase, name, item.captured, kernel)
         return count

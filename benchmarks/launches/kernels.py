@@ -116,7 +116,8 @@ def operations(node: NodeProto, shapes: Mapping[str, Tensor]) -> float:
     if node.op_type == "MultiHeadAttention":  # queries (B, S, W), or all three packed (B, S, heads, 3, W / heads)
         batch, queries = result.shape[:2]
         return 4.0 * batch * queries * (shape[1][1] if 1 in shape else queries) * result.shape[2]
-    if node.op_type == "Attention" and not node.domain:  # (B, heads, S, d), or (B, S, W)
-        slots = shape[1][-2]
-        return 4.0 * result.size * slots
+    if node.op_type == "Attention" and not node.domain:  # (B, heads, S, d)
+        return 4.0 * result.size * shape[1][-2]
+    if node.op_type == "Attention":  # with the product that makes queries, keys and values: rows (B, S, W) by (W, 3 W)
+        return 6.0 * result.size * shape[0][2] + 4.0 * result.size * result.shape[1]
     return 0.0

@@ -10,13 +10,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from arinar.runtime import Bundle, Pipeline
+from arinar.runtime.backends import tensorrt
 from arinar.runtime.backends.cuda import Cuda, DeviceBuffer
+from arinar.runtime.backends.engines import find_engines
 from arinar.runtime.bundle import MANIFEST_NAME
 from arinar.runtime.kernels import compiler
 from tests.fake_gpu import FakeCudaRuntime, Function, Operation, Tensors, fake_onnxruntime, fake_tensorrt, make_engines
@@ -46,15 +47,17 @@ class Item:
 
 @dataclass
 class Stretch:
-    """A part of a micro-batch: what it puts on the stream, calls of CUDA's runtime by name, calls of the library's."""
+    """A part of a micro-batch: what it puts on the stream, calls of CUDA's runtime by name, calls of the library's and those
+    in which that waits."""
 
     items: list[Item] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     library_calls: int = 0
+    library_waits: int = 0
 
     @property
     def waits(self) -> int:
-        return sum(self.calls[name] for name in WAITS)
+        return self.library_waits + sum(self.calls[name] for name in WAITS)
 
     @property
     def graph_launches(self) -> int:
@@ -156,10 +159,10 @@ def record(
     `Pipeline.load` and `Pipeline.generate` do.
     """
     runtime = RecordingRuntime()
-    with _kernels(), _library(bundle, backend, precision, batch, runtime) as (folder, library):
-        pipeline = Pipeline.load(
-            folder, backend=backend, precision=precision, cuda=RecordingCuda(runtime=runtime), verify=False, **options
-        )
+    options |= {"module": "tensorrt"} if backend == "tensorrt" else {}
+    with _kernels(), _library(bundle, backend, precision, batch, runtime) as library:
+        cuda = RecordingCuda(runtime=runtime)
+        pipeline = Pipeline.load(bundle.folder, backend=backend, precision=precision, cuda=cuda, verify=False, **options)
         labels = [i % pipeline.config.num_classes for i in range(batch)]
         sampling = pipeline.resolve(labels, num_iter=num_iter, guidance_scale=guidance_scale, batch_size=batch)
         (part,) = sampling.batches()
@@ -185,7 +188,8 @@ def _walk(pipeline: Pipeline, batch: Any, runtime: RecordingRuntime, library: An
     def take() -> Stretch:
         nonlocal calls
         stretch, now = runtime.take(), _calls(library, runtime)
-        stretch.library_calls, calls = now - calls, now
+        stretch.library_calls, stretch.library_waits = now[0] - calls[0], now[1] - calls[1]
+        calls = now
         return stretch
 
     filled: list[Stretch] = []
@@ -206,32 +210,27 @@ def _walk(pipeline: Pipeline, batch: Any, runtime: RecordingRuntime, library: An
     return Walk(filled[0], steps, take())
 
 
-def _calls(library: Any, runtime: RecordingRuntime) -> int:
-    """Calls of the library's so far: tensors bound, shapes and addresses set, graphs run."""
+def _calls(library: Any, runtime: RecordingRuntime) -> tuple[int, int]:
+    """Calls of the library's so far (tensors bound, shapes and addresses set, graphs run), and in how many it waited."""
     if hasattr(library, "engines"):
-        return sum(len(engine.calls) for engine in library.engines.values())
+        return sum(len(engine.calls) for engine in library.engines.values()), 0
     bound = sum(binding.calls for session in library.sessions for binding in session.bindings)
-    return int(bound) + runtime.computed
+    return int(bound) + runtime.computed, int(library.waits)
 
 
 @contextlib.contextmanager
-def _library(bundle: Bundle, backend: str, precision: str, batch: int, runtime: RecordingRuntime) -> Iterator[tuple[Path, Any]]:
-    """A stand-in for the backend's library while the context lasts, and the folder of the bundle that it runs."""
-    name = LIBRARIES[backend]
-    before = sys.modules.get(name)
-    with tempfile.TemporaryDirectory(prefix="arinar-launches-") as temporary:
-        folder = bundle.folder
+def _library(bundle: Bundle, backend: str, precision: str, batch: int, runtime: RecordingRuntime) -> Iterator[Any]:
+    """A stand-in for the backend's library while the context lasts, with engines that lie outside the bundle."""
+    with tempfile.TemporaryDirectory(prefix="arinar-launches-") as folder, contextlib.ExitStack() as stack:
         if backend == "tensorrt":
-            # Engines lie in the bundle's folder: a folder with the manifest alone, so that nothing is written to the other.
-            folder = Path(temporary)
             shutil.copy(bundle.folder / MANIFEST_NAME, folder)
-            make_engines(Bundle.open(folder), precision=precision, batch=(1, batch, batch))
+            beside = Bundle.open(folder)
+            make_engines(beside, precision=precision, batch=(1, batch, batch))
+
+            def found(_: Bundle, *arguments: Any, **settings: Any) -> Any:
+                return find_engines(beside, *arguments, **settings)
+
+            stack.enter_context(mock.patch.object(tensorrt, "find_engines", found))
         library: ModuleType = fake_tensorrt(runtime) if backend == "tensorrt" else fake_onnxruntime(runtime)
-        sys.modules[name] = library
-        try:
-            yield folder, library
-        finally:
-            if before is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = before
+        stack.enter_context(mock.patch.dict(sys.modules, {LIBRARIES[backend]: library}))
+        yield library

@@ -143,6 +143,10 @@ def _own(node: NodeProto, types: Mapping[str, TypeProto]) -> dict[str, TypeProto
             shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if swap else tensor.shape
             given[name] = helper.make_tensor_type_proto(types[name].tensor_type.elem_type, shape)
         return dict(shape_inference.infer_node_outputs(defs.get_schema("MatMul", 13, ""), plain, given))
+    if node.op_type == "Attention":  # rows (B, S, inputs), weights of queries, keys and values beside one another
+        rows, weights = (_tensor(types[name]).shape for name in node.input[:2])
+        kind = helper.make_tensor_type_proto(types[node.input[0]].tensor_type.elem_type, (*rows[:-1], weights[1] // 3))
+        return {node.output[0]: kind}
     if node.op_type not in LIKE_INPUT:
         raise ValueError(f"the operator {node.domain}::{node.op_type} ({node.name!r}) is not known here; add it to LIKE_INPUT")
     kind = types[node.input[LIKE_INPUT[node.op_type]]]

@@ -59,9 +59,7 @@ def read_inner_weights(path: Path, config: ArinarConfig) -> InnerWeights:
     if [product.weight.shape[::-1] for product in products] != sizes:
         raise KernelError(f"{path.name} has other products than a model of this config; export the model again")
     blocks = [BlockWeights(*products[first : first + 4]) for first in range(0, len(products), 4)]
-    entry, head = (
-        Linear(graph.tensor(f"inner.{name}.weight"), graph.tensor(f"inner.{name}.bias")) for name in ("input_proj", "head")
-    )
+    entry, head = (graph.linear(f"inner.{name}.weight") for name in ("input_proj", "head"))
     return InnerWeights(entry, graph.table((config.token_dim, width)), tuple(blocks), head)
 
 
@@ -97,6 +95,15 @@ class Graph:
         raw = self._external(first, last) or b"".join(self._data[a:b] for a, b in self._inside(first, last, 9))
         return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
+    def linear(self, weight: str) -> Linear:
+        """The product with a weight of this name, and what is added to it (nothing where it is zeros: that is left out)."""
+        matrix = self.tensor(weight)
+        for node in self.nodes:
+            if node.kind == "Gemm" and node.inputs[1] == weight:
+                bias = self.tensor(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(len(matrix), matrix.dtype)
+                return Linear(matrix, bias)
+        raise KernelError(f"{self.path.name} has no product with {weight!r}; export the model again")
+
     def products(self) -> list[Linear]:
         """Products with a constant matrix and a constant added to them, in the order of the graph."""
         found = []
@@ -113,12 +120,12 @@ class Graph:
         return found
 
     def table(self, shape: tuple[int, int]) -> Array:
-        """The first constant of a shape that rows are gathered from."""
+        """The first constant of a shape that rows are gathered from; of a large model it is the first of a batch of one."""
         for node in self.nodes:
             if node.kind == "Gather" and node.inputs[0] in self._tensors:
                 values = self.tensor(node.inputs[0])
-                if values.shape == shape:
-                    return values
+                if values.shape in (shape, (1, *shape)):
+                    return values.reshape(shape)
         raise KernelError(f"{self.path.name} has no table of shape {shape}; export the model again")
 
     def _node(self, first: int, last: int) -> Node:
