@@ -1,9 +1,9 @@
 """Which kernels an engine of TensorRT-RTX launches, read from its file: nothing is run, and no GPU is needed.
 
-Such a file holds the program of its fused part as text, an operation a line: products (``fully_connected``), kernels that
-were generated for it (``function``), products fused with what follows once they are compiled (``runtime_fusion``, with the
-operations for a machine where that fails at the end), and arithmetic of sizes. The first three launch. It is no documented
-format: where nothing is found, nothing can be said.
+Such a file holds the program of its fused part as text, one for each profile, an operation a line: products
+(``fully_connected``), kernels that were generated for it (``function``), products fused with what follows once they are
+compiled (``runtime_fusion``, each with a program of its own for a machine where that fails), and arithmetic of sizes. The
+first three launch. It is no documented format: where nothing is found, nothing can be said.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+PROGRAM = b"\nmain {"
 LAUNCHING = ("fully_connected", "function", "runtime_fusion")
 OPERATION = re.compile(rb'\n  (%s)=\{ name="?([^" ]+)[^\n]*?layers="([^"\n]*)"' % "|".join(LAUNCHING).encode())
 LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -28,15 +29,21 @@ class Kernel:
     nodes: frozenset[str]
 
 
-def plan_kernels(path: Path) -> list[Kernel]:
-    """The launches of an engine's file, in their order; none where the file does not tell."""
-    found = [
-        Kernel(kind.decode(), name.decode(errors="replace"), frozenset(LAYER.findall(layers.decode(errors="replace"))))
-        for kind, name, layers in OPERATION.findall(path.read_bytes())
-    ]
-    fused = [kernel.nodes for kernel in found if kernel.kind == "runtime_fusion"]
+def plan_kernels(path: Path) -> list[list[Kernel]]:
+    """The launches of an engine's file, in their order, for each profile and variant of it (of a graph that is fused as a
+    whole); none where the file does not tell."""
+    programs = [_kernels(text) for text in path.read_bytes().split(PROGRAM)[1:]]
+    fused = [kernel.nodes for program in programs for kernel in program if kernel.kind == "runtime_fusion"]
     # What a fusion falls back to is not launched beside it.
-    return [k for k in found if k.kind != "fully_connected" or not any(k.nodes and k.nodes <= nodes for nodes in fused)]
+    instead = [all(any(kernel.nodes <= nodes for nodes in fused) for kernel in program) for program in programs]
+    return [program for program, spare in zip(programs, instead, strict=True) if program and not spare]
+
+
+def _kernels(text: bytes) -> list[Kernel]:
+    return [
+        Kernel(kind.decode(), name.decode(errors="replace"), frozenset(LAYER.findall(layers.decode(errors="replace"))))
+        for kind, name, layers in OPERATION.findall(text)
+    ]
 
 
 def attention_sums(path: Path) -> list[str]:

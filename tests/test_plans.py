@@ -57,7 +57,7 @@ def engine(config: ArinarConfig, folder: Path) -> Path:
 @needs_rtx
 def test_attention_and_norms_are_fused_across_the_casts(tmp_path: Path, torch_onnx_export: object) -> None:
     path = engine(CONFIG, tmp_path)
-    kernels = plan_kernels(path)
+    (kernels,) = plan_kernels(path)
     blocks = CONFIG.encoder_depth + CONFIG.decoder_depth
     attention = [kernel for kernel in kernels if ATTENTION in kernel.name]
     assert len(attention) == blocks
@@ -77,14 +77,22 @@ def test_operations_of_a_plan(tmp_path: Path) -> None:
     def line(kind: str, name: str, *nodes: str) -> str:
         return f'\n  {kind}={{ name={name} stream=0 layers="{"".join(f"[ONNX Layer: {node}]" for node in nodes)}" }}'
 
-    text = "\x00\x01 main {" + line("fully_connected", '"fc1"', "node_fc1") + line("function", "__myl_AddNorm", "add", "norm")
+    text = "\x00\x01\nmain {" + line("fully_connected", '"fc1"', "node_fc1") + line("function", "__myl_AddNorm", "add", "norm")
     text += line("runtime_fusion", "__myl_FcGelu", "gemm", "gelu") + line("mul", '"sizes"', "shape")
-    text += "}\x00" + line("fully_connected", '"gemm"', "gemm") + line("div", '"gelu"', "gelu")
+    text += "}\x00"
+    fallback = "\nmain {" + line("fully_connected", '"gemm"', "gemm") + line("div", '"gelu"', "gelu") + "}\x00"
     path = tmp_path / "plan"
-    path.write_bytes(text.encode() + b"\xff\xfe")
-    assert plan_kernels(path) == [
-        Kernel("fully_connected", "fc1", frozenset({"node_fc1"})),
-        Kernel("function", "__myl_AddNorm", frozenset({"add", "norm"})),
-        Kernel("runtime_fusion", "__myl_FcGelu", frozenset({"gemm", "gelu"})),
-    ]
+    path.write_bytes((text + fallback).encode() + b"\xff\xfe" + (text + fallback).encode())  # two profiles
+    first, second = plan_kernels(path)
+    assert (
+        first
+        == second
+        == [
+            Kernel("fully_connected", "fc1", frozenset({"node_fc1"})),
+            Kernel("function", "__myl_AddNorm", frozenset({"add", "norm"})),
+            Kernel("runtime_fusion", "__myl_FcGelu", frozenset({"gemm", "gelu"})),
+        ]
+    )
     assert attention_sums(path) == []
+    path.write_bytes(b"an engine that tells nothing")
+    assert plan_kernels(path) == []

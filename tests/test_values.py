@@ -195,7 +195,7 @@ def test_json_itself(tmp_path: Path) -> None:
 def test_sidecars() -> None:
     info = EngineInfo(
         "outer_step", "fp16", "tensorrt", "10.9.0", ("8.9",), "0" * 64, 20, (1, 8, 64),
-        {"tokens": ((1, 2), (8, 2), (64, 2))}, {"workspace": None}, size=5 * 2**30,
+        ({"tokens": ((1, 2), (8, 2), (64, 2))},), {"workspace": None}, size=5 * 2**30,
     )  # fmt: skip
     assert EngineInfo.from_json(info.to_json()) == info
 
