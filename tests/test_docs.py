@@ -34,22 +34,9 @@ PARSED = ("train.md", "mar.md", "demo-models.md", "security.md", "contributing.m
 #: Python that talks to a running server (tests/test_serve.py does).
 ELSEWHERE = ("serving.md",)
 #: Whatever else begins a line of a shell block.
-OTHERS = set(
-    [
-        "python3",
-        "python",
-        "python3.13",
-        "pip",
-        "git",
-        "curl",
-        "openssl",
-        "model_signing",
-        "mkdocs",
-        "serve",
-        "ruff",
-        "mypy",
-        "sha256sum",
-    ]
+OTHERS = (
+    *("python3", "python", "python3.13", "pip", "git", "curl", "openssl", "sha256sum"),
+    *("model_signing", "mkdocs", "serve", "ruff", "mypy"),
 )
 
 
