@@ -348,6 +348,22 @@ _DIGITS = ArinarConfig(
     class_names=_DIGITS_NAMES,
 )
 
+# 8 x 8 tokens of coloured capitals: many enough for their order, and for what is reused between steps, to show.
+_LETTERS = _DIGITS.replace(
+    img_size=64,
+    num_classes=26,
+    buffer_size=8,
+    encoder_width=160,
+    encoder_depth=4,
+    encoder_heads=5,
+    decoder_width=160,
+    decoder_depth=4,
+    decoder_heads=5,
+    inner_width=96,
+    default_num_iter=64,
+    class_names=tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+)
+
 #: Named configurations. `base`, `large`, `huge` have the sizes of the published code (its later version; the
 #: first version's large and huge are shallower: `large-v1`, `huge-v1`, and its `base-v1` has 4 inner heads).
 PRESETS: dict[str, ArinarConfig] = {
@@ -364,6 +380,7 @@ PRESETS: dict[str, ArinarConfig] = {
     # One stack of the same number of blocks as base's two.
     "base-causal": ArinarConfig(outer="causal", encoder_depth=0, decoder_depth=28),
     "digits": _DIGITS,
+    "letters": _LETTERS,
     "digits-causal": _DIGITS.replace(outer="causal", encoder_depth=0, decoder_depth=6, default_num_iter=16),
     "digits-mar": _DIGITS.replace(**_mar(128, 3), sampling_steps="ddim25", default_guidance_scale=3.0),
 }
@@ -373,5 +390,8 @@ VAE_PRESETS: dict[str, VaeConfig] = {
     "kl16": VaeConfig(),
     "digits": VaeConfig(
         channels=8, channel_multipliers=(1, 2, 4, 8), num_res_blocks=1, encoder_attention_levels=(), norm_groups=4
+    ),
+    "letters": VaeConfig(
+        channels=16, channel_multipliers=(1, 2, 4, 4), num_res_blocks=1, encoder_attention_levels=(), norm_groups=4
     ),
 }

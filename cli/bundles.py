@@ -294,6 +294,7 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--version-compatible", is_flag=True, help="Engines that later versions of the library run too; larger and slower."
 )
+@click.option("--tf32/--no-tf32", default=True, show_default=True, help="Of the VAE's decoder, where it is float32.")
 @click.option(
     "--compute-capability",
     help="GPUs to build for, e.g. 8.9,12.0 (tensorrt-rtx). [default: this GPU; tensorrt-rtx: all from 8.0 on]",
@@ -313,6 +314,7 @@ def build(
     opt_level: int | None,
     timing_cache: Path | None,
     version_compatible: bool,
+    tf32: bool,
     compute_capability: str | None,
     timeout: float,
     rebuild: bool,
@@ -342,6 +344,7 @@ def build(
         optimization_level=opt_level,
         timing_cache=timing_cache,
         version_compatible=version_compatible,
+        tf32=tf32,
         compute_capability=[item.strip() for item in (compute_capability or "").split(",") if item.strip()],
         timeout=timeout,
         rebuild=rebuild,
@@ -354,7 +357,7 @@ def build(
     elif dry_run:
         for outcome in outcomes:
             click.echo(f"{outcome.graph}: {outcome.state}, {outcome.path}")
-            for name, (low, usual, high) in outcome.info.profiles.items():
+            for name, (low, usual, high) in (item for profile in outcome.info.profiles for item in profile.items()):
                 click.echo(f"  {name}: {low} .. {usual} .. {high}")
     else:
         size = sum(outcome.info.size for outcome in outcomes if outcome.state != "failed")

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,13 @@ def program() -> str:
     return "arinar" if found is not None and os.path.samefile(found, called) else str(called)
 
 
-def parse_numbers(text: str) -> list[int]:
+def parse_integers(text: str) -> list[int]:
     """`3`, `1,5,7`, `0-9`, and mixtures of them."""
     return [number for part in text.split(",") for number in _range(part)]
 
 
 def parse_labels(text: str) -> list[int | str]:
-    """As `parse_numbers`; what is no number is a class's name, `-1` an image of no class."""
+    """As `parse_integers`; what is no number is a class's name, `-1` an image of no class."""
     labels: list[int | str] = []
     for part in text.split(","):
         name = part.strip()
@@ -79,11 +80,11 @@ def _range(part: str) -> range:
     return range(first, last + 1)
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]
-    name = "numbers"
+class Integers(click.ParamType):  # type: ignore[type-arg]
+    name = "integers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        return value if isinstance(value, list) else parse_numbers(value)
+        return value if isinstance(value, list) else parse_integers(value)
 
 
 class Labels(click.ParamType):  # type: ignore[type-arg]
@@ -93,6 +94,44 @@ class Labels(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int | str]:
         return value if isinstance(value, list) else parse_labels(value)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """`.9,1,1.1` and `3:5:.25`, first to last in steps, and mixtures of them -> numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        return value if isinstance(value, list) else parse_numbers(value)
+
+
+def parse_numbers(text: str) -> list[float]:
+    numbers: list[float] = []
+    for part in text.split(","):
+        try:  # (in decimal, where 3.1 + 0.1 is 3.2)
+            first, last, step = (Decimal(word.strip()) for word in (part.split(":") if ":" in part else (part, part, "1")))
+            whole = first.is_finite() and last.is_finite() and step > 0 and first <= last < first + 1000 * step
+        except (ValueError, ArithmeticError):
+            whole = False
+        if not whole:
+            raise click.BadParameter(f"{part!r} is no number and no range; write for example .9,1,1.1 or 3:5:.25")
+        while first <= last:
+            numbers.append(float(first))
+            first += step
+    return numbers
+
+
+class Interval(click.ParamType):  # type: ignore[type-arg]
+    name = "interval"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([\d.]+):([\d.]+)", value)
+        try:
+            return float(found[1]), float(found[2])  # type: ignore[index]
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is no interval; expected LOW:HIGH, two shares of known tokens, e.g. 0.2:1", param, ctx)
 
 
 class Options:
@@ -134,6 +173,21 @@ SAMPLING = Options(
         help="Of a diffusion head: 100, ddim25, or 25-5 for fewer in later outer steps. [default: the bundle's]",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
+)
+#: What makes other images, of another law, in less time.
+PLAN = Options(
+    click.option(
+        "--schedule",
+        metavar="SCHEDULE",
+        help="Which tokens a step generates: cosine, or staged:64x24,64x6,128x2, tokens x steps of a coarse checkerboard, "
+        "then of what lies between (docs/faster.md). [default: cosine]",
+    ),
+    click.option(
+        "--guidance-interval",
+        type=Interval(),
+        metavar="LOW:HIGH",
+        help="Shares of known tokens between which steps are guided; others cost half. [default: 0:1]",
+    ),
 )
 
 

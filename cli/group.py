@@ -23,6 +23,7 @@ INSTALL_HINTS = {
     "safetensors": "export",
     "sklearn": "demo",
     "onnxruntime": "cpu",
+    "ray": "ray",
     **dict.fromkeys(
         ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "multipart", "python_multipart"), "serve"
     ),

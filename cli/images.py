@@ -11,7 +11,7 @@ import click
 
 from arinar.demo import DEMO_MODELS
 
-from .common import RUNTIME, SAMPLING, Labels, load_models, open_pipeline, print_json, provenance, say, then
+from .common import PLAN, RUNTIME, SAMPLING, Labels, load_models, open_pipeline, print_json, provenance, say, then
 from .group import FAILED, main
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def _judged(images: list[Image], labels: list[int]) -> Judgement:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
 @SAMPLING
+@PLAN
 @RUNTIME
 def generate(
     bundle: Path,
@@ -206,7 +207,9 @@ def generate(
     growing = None if preview is None else GrowingPicture(preview)
     pipeline = open_pipeline(bundle, **RUNTIME.of(options))
     wanted, seed = [label for label in labels for _ in range(per_label)], options["seed"]
-    work = Worklist(pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options))
+    work = Worklist(
+        pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options), **PLAN.of(options)
+    )
     kept = len(wanted) - len(work.missing)
     if growing is not None:
         growing.check(len(work.missing), work.sampling.size)

@@ -13,8 +13,8 @@ from .common import (
     CHECKPOINT,
     RUNTIME,
     SAMPLING,
+    Integers,
     Labels,
-    Numbers,
     inspected,
     load_models,
     open_pipeline,
@@ -144,8 +144,8 @@ def parity(
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--batch", "batches", default="1,4", show_default=True, type=Numbers(), help="Batch sizes.")
-@click.option("--num-iter", "num_iters", type=Numbers(), help="Numbers of outer steps. [default: the bundle's]")
+@click.option("--batch", "batches", default="1,4", show_default=True, type=Integers(), help="Batch sizes.")
+@click.option("--num-iter", "num_iters", type=Integers(), help="Integers of outer steps. [default: the bundle's]")
 @click.option("--sampling-steps", metavar="STEPS", help="Of a diffusion head, e.g. 25. [default: the bundle's]")
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds; medians are reported.")

@@ -22,6 +22,11 @@ from .group import main
 )
 @click.option("--vae", help="Autoencoder's checkpoint, for training a model. [default: the shipped one of the digits]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
+@click.option(
+    "--img-size",
+    type=click.IntRange(min=8),
+    help="Side in pixels to train an autoencoder at. [default: 32; a model: its config's]",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Updates. [default: what the shipped weights took]")
 @click.option("--batch-size", type=click.IntRange(min=1))
 @click.option("--learning-rate", type=float)
@@ -37,6 +42,7 @@ def train(
     data: str,
     vae: str | None,
     out: Path,
+    img_size: int | None,
     seed: int,
     accept_reconstruction: bool,
     device: str | None,
@@ -69,9 +75,13 @@ def train(
         "overwrite": overwrite,
     }
     if what == "model":
+        if img_size is not None:
+            raise click.UsageError("--img-size is for training an autoencoder; a model's is in its --config")
         arguments |= {"vae": vae, "accept_reconstruction": accept_reconstruction}
     elif vae is not None or accept_reconstruction:
         raise click.UsageError("--vae and --accept-reconstruction are for training a model")
+    elif img_size is not None:
+        arguments["img_size"] = img_size
     result = (training.train_vae if what == "vae" else training.train_arinar)(out, **arguments)
     if not result.finished:
         say(f"interrupted after {result.step} steps; the same command resumes")

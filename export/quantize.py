@@ -199,7 +199,8 @@ def quantize_bundle(
         made = _write(opened, graphs, plans, target, say)
         files = {path.relative_to(scratch).as_posix(): file_info(path) for path in sorted(target.iterdir())}
         prefix = f"graphs/{variant}/"
-        entries = dict(infos)  # what has no layers is shared with fp32
+        # What has no layers is shared with fp32; first steps are computed by the quantised step itself.
+        entries = {name: info for name, info in infos.items() if info.phase != "first"}
         for key, error in _validate(opened, made, target).items():
             say(f"checked {key}: largest difference from fp32 {error:.2g}")
             entries[key] = replace(infos[key], **written(made[key], prefix, error))

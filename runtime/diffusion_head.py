@@ -54,8 +54,8 @@ class DiffusionHead:
     MODES = ("stepwise",)
     GRAPHS = ("head_condition", "head_step", "head_step_guided")
 
-    def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, mode: str) -> None:
-        self.backend, self.infos, self.config, self.mode = backend, graphs, config, mode
+    def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, mode: str | None) -> None:
+        self.backend, self.infos, self.config, self.mode = backend, graphs, config, mode or self.MODES[0]
         self._chains: dict[str, Chain] = {}
 
     @staticmethod

@@ -16,7 +16,7 @@ from arinar.config import ArinarConfig
 from arinar.law import law_of
 from arinar.schedule import Step
 
-from .backends.base import Array, Backend, Rows
+from .backends.base import Array, Backend, Draw, Rows
 from .bundle import BundleError, GraphInfo
 from .cache import KVCache
 from .request import Batch
@@ -45,7 +45,8 @@ class GmmBuffers:
 
 class GmmHead:
     """``mode``: "fused" runs one graph for all features of a token, "stepwise" one graph per feature with an explicit KV
-    cache; both give the same tokens."""
+    cache; both give the same tokens. None: stepwise where the backend draws without a graph, as a draw is then one launch
+    where the graph's is 187; else fused, which leaves more to the library at a time."""
 
     MODES = ("fused", "stepwise")
     GRAPHS = (
@@ -57,8 +58,11 @@ class GmmHead:
         "mixture_sample_guided",
     )
 
-    def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, mode: str) -> None:
-        self.backend, self.infos, self.config, self.mode = backend, graphs, config, mode
+    def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, mode: str | None) -> None:
+        self.backend, self.infos, self.config = backend, graphs, config
+        self.native = None if mode == "fused" else backend.native_draw()
+        self.token = backend.native_token() if self.native else None
+        self.mode = mode or ("stepwise" if self.native else "fused")
 
     @staticmethod
     def unread(graph: str, inputs: Mapping[str, Array]) -> set[str]:
@@ -67,8 +71,9 @@ class GmmHead:
 
     def graphs(self, guided: bool) -> list[str]:
         suffix = "_guided" if guided else ""
-        fused, stepwise = [f"inner_token{suffix}"], ["inner_condition", "inner_step", f"mixture_sample{suffix}"]
-        return fused if self.mode == "fused" else stepwise
+        if self.mode == "fused":
+            return [f"inner_token{suffix}"]
+        return ["inner_condition", "inner_step", *([] if self.native else [f"mixture_sample{suffix}"])]
 
     def prepare(self, guided: bool, batch: int) -> None:
         self.backend.prepare(*self.graphs(guided), rows=batch if self.mode == "fused" else None)
@@ -87,7 +92,7 @@ class GmmHead:
 
     def fill(self, state: State, batch: Batch) -> None:
         for name, values in (("guidance_scale", batch.guidance_scale), ("temperature", batch.temperature)):
-            if len(set(values.tolist())) > 1 and not self._per_row(self.graphs(batch.guided)[-1], name):
+            if not self.native and len(set(values.tolist())) > 1 and not self._per_row(self.graphs(batch.guided)[-1], name):
                 raise BundleError(
                     f"this bundle's graphs take one {name} for all images of a micro-batch (an older version of arinar "
                     f"wrote them); export the model again, or ask for images of one {name} at a time"
@@ -127,26 +132,53 @@ class GmmHead:
         self.backend.launch(name, inputs, {"tokens": state.tokens[now]}, Rows({**rows, "tokens": 1}))
 
     def _draw_stepwise(self, state: State, step: Step, z: Any) -> None:
-        backend, config = self.backend, self.config
-        own: GmmBuffers = state.head
+        config, own = self.config, state.head
         assert own.chain is not None
-        buffers, name = own.chain, self.graphs(state.guided)[-1]
         count = step.count * state.batch
         rows, now = state.branches * count, slice(step.remaining, step.masked)
-        tokens = state.tokens[now].reshape(count, 1, config.token_dim, 1)
-        feature = buffers.feature[:rows]
-        cond = {key: value[:count] for key, value in buffers.mixture.items()}
-        uncond = {f"{key}_uncond": value[count:rows] for key, value in buffers.mixture.items()} if state.guided else {}
-        settings = self._settings(name, state, step)
+        feature = own.chain.feature[:rows]
+        mixture = {key: value[:rows] for key, value in own.chain.mixture.items()}
+        uniforms = [
+            own.uniforms[position : position + 1].reshape(config.seq_len, state.batch, -1)[now]
+            for position in range(config.token_dim)
+        ]
+        settings = state.guidance[now] if state.guided else None, state.temperature[now]
+        z = z.reshape(rows, config.z_width)
+        if self.token is not None and rows <= self.token.most_rows:
+            start, modulation = own.chain.start[:rows], own.chain.modulation[:rows]
+            self.backend.launch("inner_condition", {"z": z}, {"start": start, "modulation": modulation})
+            self.token(start, modulation, uniforms, *settings, feature, state.tokens[now])
+            return
+        draw = self.native or self._graph_draw(state, step)
 
-        def draw(position: int) -> None:
-            uniforms = own.uniforms[position : position + 1].reshape(config.seq_len, state.batch, -1)[now]
+        def advance(position: int) -> None:
+            draw(mixture, uniforms[position], *settings, feature, state.tokens[now], position)
+
+        self._chain(own.chain, z, advance)
+
+    def _graph_draw(self, state: State, step: Step) -> Draw:
+        """A draw by the graph, and copies of what it gives."""
+        backend, name = self.backend, self.graphs(state.guided)[-1]
+        settings, count = self._settings(name, state, step), step.count * state.batch
+
+        def draw(
+            mixture: Mapping[str, Any],
+            uniforms: Any,
+            guidance_scale: Any | None,
+            temperature: Any,
+            feature: Any,
+            tokens: Any,
+            position: int,
+        ) -> None:
+            cond = {key: value[:count] for key, value in mixture.items()}
+            uncond = {f"{key}_uncond": value[count:] for key, value in mixture.items()} if state.guided else {}
             backend.launch(name, {**cond, **uncond, "uniforms": uniforms, **settings}, {"feature": feature[:count]})
             if state.guided:
                 backend.copy(feature[:count], feature[count:])
-            backend.write_slots(feature[:count].reshape(count, 1, 1, 1), tokens, position)
+            slots = tokens.reshape(count, 1, self.config.token_dim, 1)
+            backend.write_slots(feature[:count].reshape(count, 1, 1, 1), slots, position)
 
-        self._chain(buffers, z.reshape(rows, config.z_width), draw)
+        return draw
 
     def _settings(self, name: str, state: State, step: Step) -> dict[str, Any]:
         """What a drawing graph takes besides mixtures and noise: guidance and temperature, (P, B) each."""

@@ -24,9 +24,10 @@ HEADS: dict[str, tuple[str, str]] = {
 
 
 class Head(Protocol):
-    """Made with (backend, graphs, config, mode); ``mode`` is one of the head's MODES, the first unless told."""
+    """Made with (backend, graphs, config, mode); ``mode`` is one of the head's MODES, or None: the head chooses."""
 
     MODES: tuple[str, ...]
+    mode: str
 
     @staticmethod
     def unread(graph: str, inputs: Mapping[str, Array]) -> set[str]:

@@ -123,8 +123,9 @@ class Pipeline:
         path : the bundle's folder.
         backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
         precision : which of the bundle's variants; None means fp32, or the only one.
-        inner : of a Gaussian mixture head, "fused" (the default: one graph for all features of a token) or "stepwise" (a
-            graph per feature, KV cache outside); a diffusion head is always "stepwise".
+        inner : of a Gaussian mixture head, "fused" (one graph for all features of a token) or "stepwise" (a graph per
+            feature, KV cache outside; on a GPU, draws by a kernel of ours); None: fused on a CPU, and on a GPU where the
+            kernel cannot be had. A diffusion head is always "stepwise".
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
         options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU
             (`arinar.runtime.backends.BackendOptions`).
@@ -194,6 +195,8 @@ class Pipeline:
         noise: Noise | None = None,
         batch_size: int | None = None,
         known: Known | None = None,
+        schedule: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
         callback: Callable[[Progress], object] | None = None,
     ) -> Generation:
         """Generate one image per label.
@@ -225,6 +228,11 @@ class Pipeline:
         known : tokens that are given, for len(labels) images: they come back as they are, bit for bit, and the others are
             generated around them, by the schedule of so many tokens (``num_iter`` steps, or one for each where they are
             fewer). Where all are known there is no step: one Progress tells of none.
+        schedule : None or "cosine", the published one, or "staged:64x24,64x6,128x2" (`arinar.schedule.stages_of`): tokens x
+            steps of sets of a checkerboard, the coarse first. Other images, of another law: what it costs is for the
+            model's owner to see.
+        guidance_interval : two shares of known tokens: steps outside are not guided, and cost half. Of another law, too.
+            None: (0, 1), all are.
         callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
             itself: another thread's ``preview()`` or call waits until this one is over.
 
@@ -245,6 +253,8 @@ class Pipeline:
             noise=noise,
             batch_size=batch_size,
             known=known,
+            schedule=schedule,
+            guidance_interval=guidance_interval,
         )
         with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
             for progress in walk:
@@ -360,7 +370,8 @@ class Pipeline:
         for part in sampling.batches():
             rows, batch = part.rows, part.batch
             if batch.plan:
-                self.loop.prepare(batch.guided, len(batch))
+                for guided in {batch.guided and step.guided for step in batch.plan}:
+                    self.loop.prepare(guided, len(batch))
             place = (len(batch.plan), done, count, tuple(rows))
             with closing(self.loop.walk(batch, seconds, watched=watched)) as walk:
                 for step in batch.plan[:-1]:

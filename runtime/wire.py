@@ -91,6 +91,11 @@ def fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]
 
     Raises ValueError where the message is cut off, or is none.
     """
+    return ((number, value[0], value[1]) for number, value in every_field(data, start, stop) if isinstance(value, tuple))
+
+
+def every_field(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int | tuple[int, int]]]:
+    """As `fields`, with those that are an integer: number, and the integer, or where the content lies."""
     place = start
     while place < stop:
         tag, place = _number(data, place, stop)
@@ -99,16 +104,31 @@ def fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]
             size, place = _number(data, place, stop)
             if size > stop - place:
                 raise ValueError("it is cut off")
-            yield number, place, place + size
+            yield number, (place, place + size)
             place += size
         elif kind == VARINT:
-            _, place = _number(data, place, stop)
+            value, place = _number(data, place, stop)
+            yield number, value
         elif kind in (FIXED32, FIXED64):
             place += 4 if kind == FIXED32 else 8
         else:
             raise ValueError(f"field {number} is of the unknown kind {kind}")
         if place > stop or number == 0:
             raise ValueError("it is cut off, or no ONNX file")
+
+
+def integers(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """As `fields`: number and value of those that are integers."""
+    return ((number, value) for number, value in every_field(data, start, stop) if isinstance(value, int))
+
+
+def listed(data: bytes, start: int, stop: int) -> list[int]:
+    """Integers that follow one another."""
+    found = []
+    while start < stop:
+        value, start = _number(data, start, stop)
+        found.append(value)
+    return found
 
 
 def _number(data: bytes, place: int, stop: int) -> tuple[int, int]:

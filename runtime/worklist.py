@@ -98,6 +98,8 @@ class Worklist:
                 seed=sampling.seed,
                 indices=indices,
                 batch_size=sampling.batch_size,
+                schedule=sampling.schedule,
+                guidance_interval=sampling.guidance_interval,
                 callback=step,
             )
             for phase, seconds in made.timings.items():

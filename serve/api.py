@@ -25,7 +25,7 @@ MOST_PREVIEWS = 256
 SEEDS = 1 << 32
 #: Fields that are lists, and such as are text.
 LISTS = ("labels", "indices")
-TEXTS = ("model", "prompt", "size", "response_format", "output_format", "cfg_schedule", "sampling_steps", "user")
+TEXTS = ("model", "prompt", "size", "response_format", "output_format", "cfg_schedule", "sampling_steps", "schedule", "user")
 #: What other programs call our parameters.
 MEANT = {
     "num_inference_steps": "num_iter",
@@ -67,6 +67,10 @@ class ImageRequest(BaseModel):
     temperature: float | None = Field(None, description="Above 0; multiplies the std of what is drawn.")
     num_iter: int | None = Field(None, description="Outer steps.")
     sampling_steps: str | None = Field(None, max_length=100, description="Of a diffusion head: 100, ddim25, 25-5.")
+    schedule: str | None = Field(None, max_length=200, description="cosine, or staged:TOKENSxSTEPS,...: another law, faster.")
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="Shares of known tokens: guided between them alone."
+    )
     stream: bool | None = Field(None, description="Server-sent events: each step, then the images.")
     partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = Field(
         None, description="With stream: how often the unfinished images are shown."
@@ -107,6 +111,8 @@ class ImageRequest(BaseModel):
                 sampling_steps=self.sampling_steps,
                 seed=random.SystemRandom().randrange(SEEDS) if self.seed is None else self.seed,
                 indices=self.indices,
+                schedule=self.schedule,
+                guidance_interval=self.guidance_interval,
                 **more,
             )
         except ValueError as error:

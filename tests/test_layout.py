@@ -23,7 +23,6 @@ ROOMS = {
 PLAIN = {
     f"arinar.{name}"
     for name in (
-        "class_names",
         "config",
         "demo",
         "diffusion_law",
@@ -33,10 +32,10 @@ PLAIN = {
         "law",
         "mixture_law",
         "reading",
+        "rows",
         "schedule",
         "schemes",
         "text",
-        "values",
     )
 }
 #: Modules that import neither torch nor the model, though their rooms do.
@@ -44,7 +43,25 @@ TORCH_FREE = {
     *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),
     *(
         f"arinar.measure.{name}"
-        for name in ("bench", "bench_report", "charts", "checks", "cost", "distances", "features", "parity_report", "peaks")
+        for name in (
+            "bench",
+            "bench_report",
+            "charts",
+            "checks",
+            "cost",
+            "distances",
+            "evaluate",
+            "evaluation_report",
+            "features",
+            "image_sets",
+            "launches",
+            "moments",
+            "parity_report",
+            "peaks",
+            "plans",
+            "sweep",
+            "sweep_report",
+        )
     ),
 }
 #: Room -> what it may import of the others: whole rooms, or single modules.

@@ -27,6 +27,7 @@ ROOMS = {
     "arinar.measure": "measure",
     "arinar.runtime": "runtime",
     "arinar.runtime.backends": "runtime/backends",
+    "arinar.runtime.kernels": "runtime/kernels",
     "arinar.serve": "serve",
 }
 #: Of the base requirements and the extra `cpu`, compiled: what a server needs on its disk.
@@ -77,7 +78,9 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     assert have == want
     weights = {f"arinar/weights/{file.name}" for file in (ROOT / "arinar" / "weights").glob("*.safetensors")}
     assert len(weights) == 4
-    assert set(names) - have == weights | {"arinar/py.typed", "arinar/serve/page.html"}
+    kernels = {f"arinar/runtime/kernels/{file.name}" for file in (ROOT / "runtime" / "kernels").glob("*.cu*")}
+    assert len(kernels) >= 2
+    assert set(names) - have == weights | kernels | {"arinar/py.typed", "arinar/serve/page.html"}
 
 
 def test_every_folder_with_modules_is_a_room() -> None:
@@ -101,7 +104,7 @@ for info in pkgutil.walk_packages(arinar.runtime.__path__, "arinar.runtime."):
 assert all(sys.modules[name].__file__.startswith(sys.prefix) for name in found)
 print(len(found))
 """
-    modules = [file for folder in ("runtime", "runtime/backends") for file in (ROOT / folder).glob("*.py")]
+    modules = [file for folder in ("runtime", "runtime/backends", "runtime/kernels") for file in (ROOT / folder).glob("*.py")]
     assert int(run(environment / "bin" / "python", "-c", code, cwd=tmp_path)) == len(modules)
 
 

@@ -7,7 +7,7 @@ the loop handles buffers only by slicing their first axis and reshaping, which n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,46 @@ class Rows:
         images = buffers[name].shape[axis]
         branches = next((buffers[name].shape[axis] for name, axis in self.branches.items()), 1)
         return images, branches
+
+
+class Draw(Protocol):
+    """One feature of M rows, drawn without a graph: into ``feature`` (N, 1), N = 2 M with guidance (both halves get the draw),
+    and into ``tokens`` (M, D) at a position.
+
+    mixture : weight, mu, logvar, each (N, K), conditional rows first. uniforms (M, U), guidance_scale (M,) or None where there
+    is no guidance, temperature (M,): float32, and their first axis may come as several.
+    """
+
+    def __call__(
+        self,
+        mixture: Mapping[str, Any],
+        uniforms: Any,
+        guidance_scale: Any | None,
+        temperature: Any,
+        feature: Any,
+        tokens: Any,
+        position: int,
+    ) -> None: ...
+
+
+class Token(Protocol):
+    """All features of a token of N rows, N at most ``most_rows``, from what the conditioning gave, without a graph.
+
+    start (N, W), modulation (N, ...) ; uniforms: (M, U) for each feature; the others as in `Draw`.
+    """
+
+    most_rows: int
+
+    def __call__(
+        self,
+        start: Any,
+        modulation: Any,
+        uniforms: Sequence[Any],
+        guidance_scale: Any | None,
+        temperature: Any,
+        feature: Any,
+        tokens: Any,
+    ) -> None: ...
 
 
 class Backend(Protocol):
@@ -80,6 +120,12 @@ class Backend(Protocol):
 
     def forget(self, owner: Hashable) -> None:
         """The owner's buffers are about to go: drop what was recorded on them."""
+
+    def native_draw(self) -> Draw | None:
+        """What draws from Gaussian mixtures by the bundle's law in one launch; None where only graphs do."""
+
+    def native_token(self) -> Token | None:
+        """What makes whole tokens of a few rows in few launches; None where only graphs do."""
 
     def mark(self) -> Any:
         """A point in the work that was launched so far."""

@@ -109,6 +109,12 @@ class CpuBackend:
     def forget(self, owner: Hashable) -> None:
         pass
 
+    def native_draw(self) -> None:
+        return None
+
+    def native_token(self) -> None:
+        return None
+
     def mark(self) -> None:
         pass
 

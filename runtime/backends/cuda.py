@@ -8,10 +8,14 @@ pass one that records. Reference: https://docs.nvidia.com/cuda/cuda-runtime-api/
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import math
+import threading
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,7 @@ from ..bundle import BundleError
 
 Array = npt.NDArray[Any]
 INSTALL_HINT = "`pip install cuda-bindings` installs it"
+NO_DRIVER = "no NVIDIA driver was found on this machine; use backend onnxruntime-cpu, or install the driver"
 
 
 class NoGpuError(BundleError):
@@ -125,7 +130,12 @@ class Cuda:
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a function of the runtime; its value, or the tuple of its values. Raises CudaError."""
-        error, *values = getattr(self.runtime, name)(*args)
+        try:
+            error, *values = getattr(self.runtime, name)(*args)
+        except ValueError as unknown:  # what cuda-bindings makes of an error code that it has no name for
+            raise CudaError(
+                f"{name} failed with an error that the installed cuda-bindings does not know: {unknown}"
+            ) from unknown
         if error != self.runtime.cudaError_t.cudaSuccess:
             raise self.failure(name, error, args)
         return values[0] if len(values) == 1 else tuple(values)
@@ -232,6 +242,7 @@ class Cuda:
         mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self._stream, mode)
         self.capturing = True
+        _no_collection.begin()
 
     def end_capture(self) -> Any:
         """What was launched since, as an executable graph: it has not run yet."""
@@ -254,6 +265,7 @@ class Cuda:
         try:
             return self.call("cudaStreamEndCapture", self._stream)
         finally:
+            _no_collection.end()
             while self._freed_in_capture:
                 self.free(self._freed_in_capture.pop())
 
@@ -264,6 +276,68 @@ class Cuda:
         """Destroy an executable graph once it is not running any more."""
         self.synchronize()
         self.call("cudaGraphExecDestroy", graph)
+
+    # Kernels of our own, through the driver: it shares the device's context with the runtime.
+
+    @property
+    def driver(self) -> Any:
+        """`cuda.bindings.driver`, or what a test's runtime has as ``driver_api``; where that is None, there are no kernels."""
+        if isinstance(self.runtime, types.ModuleType):
+            return importlib.import_module("cuda.bindings.driver")
+        return self.runtime.driver_api
+
+    def load_module(self, code: bytes, kernel: str) -> Any:
+        """A kernel of a cubin. It stays loaded as long as the process: recorded launches hold on to it."""
+        self.activate()
+        module = self.call_driver("cuModuleLoadData", code)
+        return self.call_driver("cuModuleGetFunction", module, kernel.encode())
+
+    def launch_kernel(
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[DeviceBuffer | int | float | None],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Enqueue a kernel. Buffers are passed as pointers, None as a null one, integers as int, others as float."""
+        kinds = {int: ctypes.c_int, float: ctypes.c_float}
+        values = tuple(value.pointer if isinstance(value, DeviceBuffer) else value or 0 for value in arguments)
+        ctypes_of = tuple(kinds.get(type(value), ctypes.c_void_p) for value in arguments)
+        self.call_driver("cuLaunchKernel", function, *grid, *block, shared_bytes, self.stream, (values, ctypes_of), 0)
+
+    def call_driver(self, name: str, *args: Any) -> Any:
+        """Call a function of the driver; its value. Raises CudaError."""
+        error, *values = getattr(self.driver, name)(*args)
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            _, code = self.driver.cuGetErrorName(error)
+            text = code.decode() if isinstance(code, bytes) else str(code)
+            raise CudaError(f"{name} failed: {text}. Errors of earlier launches may show up here")
+        return values[0] if values else None
+
+
+class NoCollection:
+    """Garbage collection off while any thread captures. It might free buffers of another :class:`Cuda`, which does not know
+    of the capture: cudaFree by a capturing thread is refused, and breaks the capture."""
+
+    def __init__(self) -> None:
+        self._lock, self._captures, self._was_on = threading.Lock(), 0, False
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._captures:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._captures += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._captures -= 1
+            if not self._captures and self._was_on:
+                gc.enable()
+
+
+_no_collection = NoCollection()
 
 
 def load_runtime() -> Any:
@@ -286,11 +360,14 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         number = int(function()[1] or 0)
         return f"{number // 1000}.{number % 1000 // 10}"
 
-    driver = version(runtime.cudaDriverGetVersion)
+    try:
+        driver = version(runtime.cudaDriverGetVersion)
+    except RuntimeError as missing:  # before cuda-bindings 12.9, where libcuda is missing
+        raise NoGpuError(f"{NO_DRIVER} ({missing})") from missing
+    if driver == "0.0":
+        raise NoGpuError(NO_DRIVER)
     error, count = runtime.cudaGetDeviceCount()
     codes = runtime.cudaError_t
-    if driver == "0.0":
-        raise NoGpuError("no NVIDIA driver was found on this machine; use backend onnxruntime-cpu, or install the driver")
     if error == codes.cudaErrorInsufficientDriver:
         have = version(runtime.cudaRuntimeGetVersion)
         raise NoGpuError(
