@@ -266,7 +266,7 @@ def _check_samples(samples: Sequence[StepSample], bundle: Bundle, sampling: Samp
         fits = fits and sample.step < sampling.num_iter and sample.tokens.shape[1] == config.token_dim
         _agree(f"sample {number}", fits, True)
         assert info is not None
-        _check_feed(f"sample {number}", info, sample.feed, config, sampling.size)
+        _check_feed(f"of sample {number}", info, sample.feed, config, sampling.size)
         labels = sample.labels
         fits = labels.min(initial=0) >= -1 and labels.max(initial=0) < config.num_classes
         _agree(f"labels of sample {number}", bool(fits), True)
@@ -281,14 +281,14 @@ def _check_feed(what: str, info: GraphInfo, feed: Mapping[str, Array], config: A
     sizes: dict[str, int] = {}
     for tensor in info.inputs:
         value = feed[tensor.name]
-        _agree(f"{what}, {tensor.name},", (str(value.dtype), value.ndim), (tensor.dtype, len(tensor.shape)))
+        _agree(f"type and axes of {tensor.name} {what}", (str(value.dtype), value.ndim), (tensor.dtype, len(tensor.shape)))
         for axis, size in zip(tensor.shape, value.shape, strict=True):
             known = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
             fits = size == known and (isinstance(axis, int) or size <= most.get(axis, rows))
-            _agree(f"{what}, axis {axis} of {tensor.name},", fits, True)
+            _agree(f"sizes of {tensor.name} {what} (axis {axis})", fits, True)
         low, high = values.get(tensor.name, (0, length)) if value.dtype.kind == "i" else (-np.inf, np.inf)
         fits = bool(((value >= low) & (value < high)).all())
-        _agree(f"{what}, values of {tensor.name},", fits, True)
+        _agree(f"values of {tensor.name} {what}", fits, True)
 
 
 def check_arguments(

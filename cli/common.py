@@ -45,7 +45,7 @@ def then(*commands: str) -> None:
 def program() -> str:
     """This command as it was called: an environment that is not activated has it on no path."""
     called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    if called.name == "__main__.py" and called.parent.name == "arinar":
         return f"{sys.executable} -m arinar"
     if called.name != "arinar":  # called from Python
         return "arinar"

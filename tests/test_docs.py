@@ -28,13 +28,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Classes 2 and 3 are called as 207 and 360 are.
 NAMES = ("tench", "goldfish", "golden retriever", "otter", "4", "5", "6", "7", "8", "9")
 #: Commands that take minutes, wait for ever, or need what is not here: their arguments are only parsed.
-LONG = ("demo", "train", "serve", "build", "completion")
+LONG = ("demo", "train", "serve", "build", "completion", "sample", "evaluate", "sweep")
 #: Pages whose commands build on what such commands make.
 PARSED = ("train.md", "mar.md", "demo-models.md", "security.md", "contributing.md", "models.md")
 #: Python that talks to a running server (tests/test_serve.py does).
 ELSEWHERE = ("serving.md",)
 #: Whatever else begins a line of a shell block.
-OTHERS = set("python3 python python3.13 pip git curl openssl model_signing mkdocs serve ruff mypy sha256sum".split())  # noqa: SIM905
+OTHERS = (
+    *("python3", "python", "python3.13", "pip", "git", "curl", "openssl", "sha256sum"),
+    *("model_signing", "mkdocs", "serve", "ruff", "mypy"),
+)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
