@@ -97,7 +97,7 @@ class Labels(click.ParamType):  # type: ignore[type-arg]
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]
-    """`.9,1,1.1` and `3:5:.25`, first to last in steps, and mixtures of them -> numbers."""
+    """`.9,1,1.1`, `3:5:.25` (first to last in steps; `3:5` in steps of 1), and mixtures of them -> numbers."""
 
     name = "numbers"
 
@@ -108,8 +108,9 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
 def parse_numbers(text: str) -> list[float]:
     numbers: list[float] = []
     for part in text.split(","):
+        words = part.split(":") if ":" in part else [part, part]
         try:  # (in decimal, where 3.1 + 0.1 is 3.2)
-            first, last, step = (Decimal(word.strip()) for word in (part.split(":") if ":" in part else (part, part, "1")))
+            first, last, step = (Decimal(word.strip()) for word in (words if len(words) > 2 else [*words, "1"]))
             whole = first.is_finite() and last.is_finite() and step > 0 and first <= last < first + 1000 * step
         except (ValueError, ArithmeticError):
             whole = False

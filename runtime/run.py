@@ -217,12 +217,11 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
 
 
 def open_run(folder: Path, record: Record) -> Record:
-    """Begin a run in a folder, or go on with it -> its record. Raises ValueError where the folder is another run's."""
+    """The record of a folder, or the one given where nothing is there yet. Writes nothing. Raises ValueError where the folder
+    is another run's."""
     if not is_run(folder):
         if (folder / SHARDS).exists():
             raise ValueError(f"{folder} has shards and no {RECORD} that says of what; restore it, or choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write(folder)
         return record
     found = Record.read(folder)
     if different := differences(found.run, record.run):

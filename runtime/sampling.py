@@ -13,7 +13,7 @@ from arinar.rows import Rows, write_npz
 
 from .bundle import Bundle, file_sha256
 from .machine import machine
-from .run import IMAGES, RECORD, SHARDS, Record, Run, image_path, npz_path, open_run, shard_path
+from .run import IMAGES, RECORD, SHARDS, Record, Run, image_path, is_run, npz_path, open_run, shard_path
 from .shards import OVERHEAD, MakeShards, Shard, shard_parts
 
 Task = TypeVar("Task")
@@ -69,9 +69,12 @@ def sample(
         raise ValueError(f"{run.num_images:,} images are more than {MOST_FILES:,} files in one folder; leave PNG files out")
     versions = machine(PACKAGES)["versions"]
     record = open_run(folder, Record(run, bundle.manifest.config, versions))
+    check_room(folder, run, npz=npz, png=png)
+    if not is_run(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write(folder)
     for place in (folder, folder / SHARDS, folder / IMAGES):
         sweep(place / RECORD)
-    check_room(folder, run, npz=npz, png=png)
     make = MakeShards(folder.resolve(), bundle.folder.resolve(), run, options or {}, png)
     hashes, damaged, made = [""] * run.shards, list[int](), 0
     for shard in workers(make, range(run.shards)):
@@ -100,7 +103,8 @@ def check_room(folder: Path, run: Run, *, npz: bool, png: bool) -> None:
         needed["the .npz file"] = pixels
     if png and not image_path(folder, run.num_images - 1).exists():
         needed["PNG files"] = pixels
-    free = shutil.disk_usage(folder).free
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(nearest).free
     if sum(needed.values()) > free:
         told = ", ".join(f"{name} {size / 1e9:,.3g} GB" for name, size in needed.items() if size)
         raise ValueError(

@@ -295,6 +295,7 @@ def test_a_disk_that_is_too_small_is_told_first(made: Made, tmp_path: Path, monk
     monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"has 0.00025 GB of room left, and 50 images need more \(shards .*npz file"):
         sample(made.bundle, tmp_path / "run", made.run)
+    assert not (tmp_path / "run").exists()
     folder = shutil.copytree(made.folder, tmp_path / "there")
     assert sample(made.bundle, folder, made.run).made == 0  # it needs no more
 

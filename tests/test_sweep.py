@@ -44,10 +44,11 @@ def means(images: Any) -> Any:
 def test_numbers() -> None:
     assert parse_numbers(".9,1,1.1") == [0.9, 1.0, 1.1]
     assert parse_numbers("3:5:.25") == [3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.0]
+    assert parse_numbers("1:4") == [1.0, 2.0, 3.0, 4.0]
     assert parse_numbers("0.1:0.5:0.1, 7") == [0.1, 0.2, 0.3, 0.4, 0.5, 7.0]
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:0", "2:1:.5", "1:2:-1", "nan", "1:inf:1", "1:2:3:4", "0:1:.0001"])
+@pytest.mark.parametrize("text", ["", "a", "1:", "1:2:0", "2:1:.5", "1:2:-1", "nan", "1:inf:1", "1:2:3:4", "0:1:.0001"])
 def test_what_is_no_number(text: str) -> None:
     import click
 
