@@ -345,7 +345,7 @@ def _sizes(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, Range]:
     elif graph.phase == "outer":
         sizes["N"] = _times(axes["G"], axes["B"])
     else:
-        sizes["N"] = _times(axes["G"], axes["P"], axes["B"])
+        sizes["N"] = _times(axes["G"], sizes["P"], axes["B"])
     if graph.convolutional:
         sizes["B"] = axes["B:vae"]
     return sizes
