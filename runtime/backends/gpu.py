@@ -79,8 +79,9 @@ class CudaBackend:
 
     name = "cuda"
     synchronous = False
-    #: Rows up to which our kernels make tokens: beyond, the library's products gain more than its launches cost.
-    native_rows = 64
+    #: Rows up to which our kernels make tokens: beyond, the library's products gain more than its launches cost (counted, not
+    #: timed: docs/kernels.md).
+    native_rows = 256
 
     def __init__(self, bundle: Bundle, precision: str, *, cuda_graphs: bool, device: int = 0, cuda: Cuda | None = None) -> None:
         self.cuda = cuda if cuda is not None else Cuda(device)
