@@ -53,7 +53,7 @@ class TokenKernels:
 
     def __init__(self, device: Any, code: bytes, weights: InnerWeights, config: ArinarConfig, most_rows: int) -> None:
         self._device, self._config, self.most_rows = device, config, most_rows
-        self._kernels = {name: device.load_module(code, f"inner_{name}") for name in (*PRODUCTS, "attend", "draw")}
+        self._kernels = device.load_module(code, [f"inner_{name}" for name in (*PRODUCTS, "attend", "draw")])
         width, dtype = config.inner_width, weights.dtype
         self._entry, self._places = self._linear(weights.entry, dtype), self._upload(weights.places, dtype)
         self._blocks = [{name: self._linear(getattr(block, name), dtype) for name in PRODUCTS} for block in weights.blocks]
@@ -79,6 +79,7 @@ class TokenKernels:
         guidance_scale (M,) or None, temperature (M,) -> tokens (M, D); feature (N, 1) is overwritten."""
         rows = start.shape[0]
         drawn = tokens.size // self._config.token_dim
+        assert start.dtype == modulation.dtype == self._cache.dtype
         assert rows <= self.most_rows and rows == drawn * (1 if guidance_scale is None else 2)
         for position in range(self._config.token_dim):
             for index in range(self._config.inner_depth):
@@ -101,7 +102,7 @@ class TokenKernels:
         self._launch(name, (-(-columns // block_columns(name)), -(-rows // ROWS), 1), *arguments)
 
     def _launch(self, name: str, grid: tuple[int, int, int], *arguments: Any) -> None:
-        self._device.launch_kernel(self._kernels[name], grid, (DRAW_THREADS, 1, 1), arguments)
+        self._device.launch_kernel(self._kernels[f"inner_{name}"], grid, (DRAW_THREADS, 1, 1), arguments)
 
     def _linear(self, linear: Linear, dtype: str) -> tuple[Any, Any]:
         return self._upload(linear.weight, dtype), self._upload(linear.bias, dtype)

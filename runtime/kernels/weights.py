@@ -96,21 +96,23 @@ class Graph:
         return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
     def products(self) -> list[Linear]:
-        """Products with a constant matrix (inputs, outputs) and a constant added to them, in the order of the graph."""
+        """Products with a constant matrix (inputs, outputs) and what is added to them, in the order of the graph."""
         found = []
         for node in self.nodes:
             if node.kind == "MatMul" and node.inputs[1] in self._tensors:
-                adding = [
-                    name for other in self._reading(node.outputs[0], "Add") for name in other.inputs if name in self._tensors
-                ]
-                if len(adding) == 1:
-                    found.append(Linear(np.ascontiguousarray(self.tensor(node.inputs[1]).T), self.tensor(adding[0])))
+                adding = (name for other in self._reading(node.outputs[0], "Add") for name in other.inputs)
+                found.append(self._linear(self.tensor(node.inputs[1]).T, [name for name in adding if name in self._tensors]))
         return found
 
     def linears(self) -> list[Linear]:
-        """Products with a bias, both constants, as one node each."""
+        """Products that are one node with their bias: constant matrices (outputs, inputs)."""
         gemms = [node for node in self.nodes if node.kind == "Gemm" and self._tensors.keys() >= set(node.inputs[1:])]
-        return [Linear(self.tensor(node.inputs[1]), self.tensor(node.inputs[2])) for node in gemms if len(node.inputs) == 3]
+        return [self._linear(self.tensor(node.inputs[1]), node.inputs[2:]) for node in gemms]
+
+    def _linear(self, weight: Array, bias: list[str]) -> Linear:
+        """A bias of zeros is not in the graph."""
+        given = self.tensor(bias[0]) if bias else np.zeros(len(weight), weight.dtype)
+        return Linear(np.ascontiguousarray(weight), given)
 
     def _reading(self, name: str, kind: str) -> list[Node]:
         return [node for node in self.nodes if node.kind == kind and name in node.inputs]
