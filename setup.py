@@ -22,6 +22,11 @@ package_dir = {
 
 # 1.23 is the first whose CPU kernels include Attention, 1.24.4 the first that keeps external data inside the folder.
 ONNXRUNTIME = "onnxruntime>=1.24.4"
+# Before 1.31 Pad, ReduceMax, ReduceMin and ConstantOfShape of our opset have no CUDA kernels, and the norms of our CUDA form
+# keep their statistics in float16. Its extras name the libraries that it links, but for cuBLAS.
+ONNXRUNTIME_GPU = "onnxruntime-gpu[cuda,cudnn]>=1.31"
+# Before 12.9 it raises, where there is no driver, what is no error code.
+CUDA_BINDINGS = "cuda-bindings>=12.9"
 EXPORT = ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "safetensors>=0.5"]
 # Compiles our kernels on the machine that runs them.
 NVRTC = "nvidia-cuda-nvrtc>=13"
@@ -40,25 +45,32 @@ setup(
     package_dir=package_dir,
     packages=list(package_dir),
     package_data={
-        "arinar": ["py.typed", "weights/*.safetensors"],
+        "arinar": ["py.typed", "imagenet_classes.txt", "weights/*.safetensors"],
         "arinar.runtime.kernels": ["*.cu", "*.cuh"],
         "arinar.serve": ["page.html"],
     },
-    install_requires=["numpy>=1.26", "pillow>=10", "click>=8.1", "tqdm>=4.66"],
+    install_requires=["numpy>=1.26", "pillow>=10.1", "click>=8.1", "tqdm>=4.66"],
     extras_require={
         # What executes graphs. `cpu` and `gpu` exclude each other: both packages write the same files.
         "cpu": [ONNXRUNTIME],
-        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.24.4", "cuda-bindings>=12.6", NVRTC],
-        "tensorrt": ["tensorrt>=10.0", "cuda-bindings>=12.6", NVRTC],
-        "tensorrt-rtx": ["tensorrt-rtx>=1.0", "cuda-bindings>=12.6", NVRTC],
+        "gpu": [ONNXRUNTIME_GPU, "nvidia-cublas>=13,<14", CUDA_BINDINGS, NVRTC],
+        # 10.1 is the first whose contexts can share their scratch memory.
+        "tensorrt": ["tensorrt>=10.1", CUDA_BINDINGS, NVRTC],
+        "tensorrt-rtx": ["tensorrt-rtx>=1.0", CUDA_BINDINGS, NVRTC],
+        # Beside `cpu`: bfloat16 on CPUs that have it.
+        "openvino": [ONNXRUNTIME, "openvino>=2026.2"],
         # What trains and exports.
         "export": EXPORT,
         "train": ["torch>=2.9", "safetensors>=0.5", *DEMO],
         # `arinar demo`: export, run on the CPU, judge.
         "demo": [*EXPORT, *DEMO, ONNXRUNTIME],
-        # `arinar serve`; the same under Ray Serve, in several replicas.
+        # `arinar serve`; the same under Ray Serve, in several replicas, and the workers of `arinar sample`.
         "serve": SERVE,
         "ray": [*SERVE, "ray[serve]>=2.60"],
+        # `arinar evaluate --features inception`. torchvision's version must be the one that fits to PyTorch's.
+        "evaluate": ["torch>=2.9", "torchvision", "torch-fidelity>=0.4"],
+        # The documentation as a site: `mkdocs serve`.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.11"],
         "dev": [
             *EXPORT,
             *DEMO,

@@ -6,7 +6,6 @@ Plain Python: both the PyTorch side and the torch-free runtime read it.
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from .diffusion_schedule import respacings
 from .reading import parse_json
 from .schedule import check_cfg_schedule
 from .text import shown
+from .values import integer, number
 
 #: Tokens of an image: attention takes memory by their square. Blocks of a stack. Longest text of a class name.
 MAX_TOKENS, MAX_DEPTH, MAX_CLASS_NAME = 1 << 16, 1024, 1000
@@ -171,9 +171,9 @@ class ArinarConfig:
         for name in ("latent_scale", "latent_shift"):
             value = getattr(self, name)
             if isinstance(value, (int, float)):
-                object.__setattr__(self, name, check_number(name, value, -1e6, 1e6))
+                object.__setattr__(self, name, number(name, value, -1e6, 1e6))
                 continue
-            values = tuple(check_number(name, v, -1e6, 1e6) for v in _listed(name, value, 1 << 16))
+            values = tuple(number(name, v, -1e6, 1e6) for v in _listed(name, value, 1 << 16))
             if len(values) != self.vae_embed_dim:
                 raise ValueError(
                     f"{name} has {len(values)} values; expected one number or {self.vae_embed_dim} (one per latent channel)"
@@ -270,29 +270,11 @@ _VAE_INTEGERS: dict[str, tuple[int, int]] = {
 _VAE_NUMBERS: dict[str, tuple[float, float]] = {"norm_eps": (0, 1)}
 
 
-def check_integer(name: str, value: Any, low: int, high: int) -> int:
-    """``value`` as an int. Raises ValueError unless it is a whole number (no bool, no float) in low..high."""
-    try:
-        found = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = None
-    if found is None or not low <= found <= high:
-        raise ValueError(f"{name} is {shown(value)}; expected an integer in {low}..{high}")
-    return found
-
-
-def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """``value``. Raises ValueError unless it is a finite number (no bool, no text) in low..high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} is {shown(value)}; expected a number in {low:g}..{high:g}")
-    return value
-
-
 def _settle_numbers(config: Any, integers: dict[str, tuple[int, int]], numbers: dict[str, tuple[float, float]]) -> None:
     for name, limits in integers.items():
-        object.__setattr__(config, name, check_integer(name, getattr(config, name), *limits))
+        object.__setattr__(config, name, integer(name, getattr(config, name), *limits))
     for name, bounds in numbers.items():
-        check_number(name, getattr(config, name), *bounds)
+        number(name, getattr(config, name), *bounds)
 
 
 def _listed(name: str, value: Any, most: int) -> tuple[Any, ...]:
@@ -306,7 +288,7 @@ def _listed(name: str, value: Any, most: int) -> tuple[Any, ...]:
 
 
 def _integers(name: str, value: Any, low: int, high: int, most: int) -> tuple[int, ...]:
-    return tuple(check_integer(name, v, low, high) for v in _listed(name, value, most))
+    return tuple(integer(name, v, low, high) for v in _listed(name, value, most))
 
 
 def check_order(order: tuple[int, ...], seq_len: int) -> None:
@@ -366,6 +348,22 @@ _DIGITS = ArinarConfig(
     class_names=_DIGITS_NAMES,
 )
 
+# 8 x 8 tokens of coloured capitals: many enough for their order, and for what is reused between steps, to show.
+_LETTERS = _DIGITS.replace(
+    img_size=64,
+    num_classes=26,
+    buffer_size=8,
+    encoder_width=160,
+    encoder_depth=4,
+    encoder_heads=5,
+    decoder_width=160,
+    decoder_depth=4,
+    decoder_heads=5,
+    inner_width=96,
+    default_num_iter=64,
+    class_names=tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+)
+
 #: Named configurations. `base`, `large`, `huge` have the sizes of the published code (its later version; the
 #: first version's large and huge are shallower: `large-v1`, `huge-v1`, and its `base-v1` has 4 inner heads).
 PRESETS: dict[str, ArinarConfig] = {
@@ -382,6 +380,7 @@ PRESETS: dict[str, ArinarConfig] = {
     # One stack of the same number of blocks as base's two.
     "base-causal": ArinarConfig(outer="causal", encoder_depth=0, decoder_depth=28),
     "digits": _DIGITS,
+    "letters": _LETTERS,
     "digits-causal": _DIGITS.replace(outer="causal", encoder_depth=0, decoder_depth=6, default_num_iter=16),
     "digits-mar": _DIGITS.replace(**_mar(128, 3), sampling_steps="ddim25", default_guidance_scale=3.0),
 }
@@ -391,5 +390,8 @@ VAE_PRESETS: dict[str, VaeConfig] = {
     "kl16": VaeConfig(),
     "digits": VaeConfig(
         channels=8, channel_multipliers=(1, 2, 4, 8), num_res_blocks=1, encoder_attention_levels=(), norm_groups=4
+    ),
+    "letters": VaeConfig(
+        channels=16, channel_multipliers=(1, 2, 4, 4), num_res_blocks=1, encoder_attention_levels=(), norm_groups=4
     ),
 }

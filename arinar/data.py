@@ -26,6 +26,9 @@ DIGITS_SIZE = 32
 DIGITS_HELD_OUT = 297
 DIGITS_SPLIT_SEED = 0
 
+#: Names of a folder's parts where it is split already: for training, and held out.
+SPLIT = ("train", "val")
+
 #: What is read of a folder. No other decoder starts: some formats are programs (PostScript), run by another one.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
@@ -95,14 +98,34 @@ def load_dataset(
 def load_folder(folder: str | Path, *, img_size: int, held_out: float = 0.1, seed: int = 0) -> Dataset:
     """Images of a folder with one sub-folder per class; sorted sub-folder names are class ids 0, 1, ...
 
-    Every file with an ending of FORMATS is read, centre-cropped to a square and resized to ``img_size``.
+    A folder of just ``train`` and ``val``, with the same classes in each, is split already: ``val`` is held out, and
+    ``held_out`` and ``seed`` decide nothing. Every file with an ending of FORMATS is read, centre-cropped to a square and
+    resized to ``img_size``.
 
     Raises ValueError naming the folder or file that cannot be used.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; expected {DIGITS!r} or a folder with one sub-folder per class")
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    parts = _sub_folders(root)
+    if [part.name for part in parts] == list(SPLIT) and all(_sub_folders(part) for part in parts):
+        (images, labels, names), (aside, aside_labels, aside_names) = (_read_classes(part, img_size) for part in parts)
+        if names != aside_names:
+            odd = ", ".join(sorted(set(names) ^ set(aside_names)))
+            raise ValueError(f"{root}: train and val have different classes ({odd}); expected the same sub-folders in both")
+        train, held = _image_set(images, labels), _image_set(aside, aside_labels)
+        return Dataset(train, held, names, "folder")
+    images, labels, names = _read_classes(root, img_size)
+    return _dataset(images, labels, names, "folder", round(held_out * len(labels)), seed)
+
+
+def _sub_folders(root: Path) -> list[Path]:
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _read_classes(root: Path, img_size: int) -> tuple[Any, Any, tuple[str, ...]]:
+    """Images (N, H, W, 3) uint8, labels (N,) int64, class names."""
+    classes = _sub_folders(root)
     if not classes:
         raise ValueError(f"{root} has no sub-folder; expected one sub-folder of images per class")
     images, labels = [], []
@@ -112,9 +135,7 @@ def load_folder(folder: str | Path, *, img_size: int, held_out: float = 0.1, see
             raise ValueError(f"{entry} holds no image; remove the sub-folder or add images to it")
         images += [_read_image(path, img_size) for path in paths]
         labels += [label] * len(paths)
-    count = round(held_out * len(labels))
-    names = tuple(entry.name for entry in classes)
-    return _dataset(np.stack(images), np.array(labels, dtype=np.int64), names, "folder", count, seed)
+    return np.stack(images), np.array(labels, dtype=np.int64), tuple(entry.name for entry in classes)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
@@ -194,17 +215,14 @@ def split_indices(labels: Any, held_out: int, seed: int) -> tuple[Any, Any]:
 
 
 def _dataset(images: Any, labels: Any, names: tuple[str, ...], name: str, held_out: int, seed: int) -> Dataset:
+    train, aside = split_indices(labels, held_out, seed)
+    return Dataset(_image_set(images[train], labels[train]), _image_set(images[aside], labels[aside]), names, name)
+
+
+def _image_set(images: Any, labels: Any) -> ImageSet:
     import torch
 
-    train, aside = split_indices(labels, held_out, seed)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    ids = torch.from_numpy(labels)
-
-    def part(indices: Any) -> ImageSet:
-        rows = torch.from_numpy(indices)
-        return ImageSet(pixels[rows], ids[rows])
-
-    return Dataset(part(train), part(aside), names, name)
+    return ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
 
 
 def to_float(images: Tensor) -> Tensor:

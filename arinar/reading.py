@@ -13,7 +13,7 @@ from typing import Any
 #: Bytes of a JSON file, and how deep it may nest. (A manifest has 7 levels.)
 MAX_JSON, MAX_JSON_DEPTH = 256 << 20, 64
 # Deflate makes nothing smaller by more than this: a larger promise is a lie about what will come out.
-_MAX_DEFLATION = 1032
+MAX_DEFLATION = 1032
 
 
 def check_regular(path: Path) -> None:
@@ -71,10 +71,10 @@ def read_npz(path: Path, most: int) -> dict[str, Any]:
                 raise ValueError(f"it has an entry {info.filename!r}; expected arrays, each of them once")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"its array {name!r} is compressed in a way that np.savez never uses")
-            if info.file_size > _MAX_DEFLATION * info.compress_size:
+            if info.file_size > MAX_DEFLATION * info.compress_size:
                 raise ValueError(f"its array {name!r} cannot have {info.file_size:,} bytes")
             with archive.open(info) as file:
-                shape, dtype = _npy_header(np, file)
+                shape, _, dtype = npy_header(file)
                 held = info.file_size - file.tell()
                 if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
                     raise ValueError(f"its array {name!r} says {shape} {dtype}, for {held:,} bytes")
@@ -83,11 +83,13 @@ def read_npz(path: Path, most: int) -> dict[str, Any]:
     return arrays
 
 
-def _npy_header(np: Any, file: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype that an .npy stream begins with."""
+def npy_header(file: Any) -> tuple[tuple[int, ...], bool, Any]:
+    """What an .npy stream begins with: shape, whether it is in Fortran order, dtype."""
+    import numpy as np
+
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"an array has the format version {version}; expected 1.0 or 2.0")
-    shape, _, dtype = read(file)
-    return shape, dtype
+    shape, fortran, dtype = read(file)
+    return shape, fortran, dtype

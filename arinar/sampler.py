@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,17 @@ from torch import Tensor
 from .diffusion_schedule import respacings
 from .head import Draw
 from .model import Arinar, CausalArinar
-from .schedule import Step, check_cfg_schedule, guidance_at, steps
+from .schedule import (
+    ALWAYS,
+    COSINE,
+    Step,
+    check_cfg_schedule,
+    check_guidance_interval,
+    checkerboard,
+    guidance_at,
+    stages_of,
+    steps,
+)
 
 
 class NoiseLike(Protocol):
@@ -73,6 +83,9 @@ def sample(
     order: Tensor | None = None,
     forced: Tensor | None = None,
     known: KnownLike | None = None,
+    schedule: str = COSINE,
+    guidance_interval: tuple[float, float] = ALWAYS,
+    guidance_refresh: int = 1,
     record: Callable[[StepRecord], None] | None = None,
     law: Mapping[str, int] | None = None,
 ) -> Tensor:
@@ -93,6 +106,11 @@ def sample(
     order : (B, L) int64, of a masked model without ``noise``: the generation order, from its end to its start.
     forced : (B, L, D) tokens to use instead of the drawn ones (teacher forcing).
     known : tokens that are given, as many of every image; they stay as they are. Of a causal model the first of its order.
+    schedule : which tokens a step generates: "cosine", as published, or staged (`arinar.schedule.stages_of`), whose steps
+        ``num_iter`` does not change. Not where tokens are known, nor of a causal model.
+    guidance_interval : shares of known tokens between which a step is guided.
+    guidance_refresh : of so many guided steps the first computes the unconditional branch, at the positions of all of them;
+        the others add what it differed by there to their conditional z.
     record : called after each outer step.
     law : what the head's draws depend on besides the config, as a bundle's manifest tells; default the published.
 
@@ -119,7 +137,20 @@ def sample(
     unknown = length
     if known is not None:
         unknown, order = _start_from(known, tokens, order, fixed=isinstance(model, CausalArinar))
-    plan = steps(length, _num_iter(model, num_iter), unknown)
+    stages = stages_of(schedule, config.grid_size)
+    if stages and (known is not None or isinstance(model, CausalArinar)):
+        raise ValueError(f"schedule is {schedule}; it has no meaning where tokens are known, nor for a causal model")
+    if stages:
+        order = _staged(order, config.grid_size, len(stages))
+    interval = check_guidance_interval(guidance_interval)
+    plan = steps(
+        length,
+        _num_iter(model, num_iter),
+        unknown,
+        stages=stages,
+        guidance_interval=interval,
+        guidance_refresh=guidance_refresh,
+    )
     chains = respacings(config.sampling_steps if sampling_steps is None else sampling_steps, len(plan))
     outer = _Outer(model, _classes(labels, config.num_classes).to(device), guided=bool((scales != 1.0).any()))
     given = None if noise is None else torch.as_tensor(noise.draws, device=device)
@@ -152,6 +183,12 @@ def _classes(labels: Tensor | Sequence[int | Mapping[int, float]], num_classes: 
     return weights / weights.sum(1, keepdim=True)
 
 
+def _staged(order: Tensor, side: int, sets: int) -> Tensor:
+    """Orders (B, L) with the first set's tokens at the end, where generation starts, each set in the order it had."""
+    places = torch.tensor(checkerboard(side, sets), device=order.device)
+    return order.gather(1, (-places[order]).argsort(dim=1, stable=True))
+
+
 def _start_from(known: KnownLike, tokens: Tensor, order: Tensor, *, fixed: bool) -> tuple[int, Tensor]:
     """Write known tokens into ``tokens`` (B, L, D), in place -> how many are left to generate, and the order (B, L) with
     those first: generation starts from its end. Raises ValueError for numbers that differ, and where a ``fixed`` order
@@ -175,10 +212,23 @@ class _Outer:
         self.model, self.copies = model, 2 if guided else 1
         self.labels = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
         self.cache: Any = None
+        self.kept: Tensor | None = None  # what guidance changes in z at the positions of the steps that reuse it, (B, P, C)
 
     def step(self, tokens: Tensor, order: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
         """tokens (B, L, D) as far as they are known, order (B, L) -> z (B * P, C) of the step's positions, image by image,
-        in the conditional branch and, where there is guidance, in the other."""
+        in the conditional branch and, where the step is guided, in the other."""
+        cond, *uncond = self._z(tokens, order, replace(step, remaining=step.remaining - step.ahead))
+        if not uncond or not step.guided:
+            return cond[:, step.ahead :].flatten(0, 1), None
+        if step.reuses:
+            assert self.kept is not None
+            self.kept, change = self.kept.tensor_split([-step.count], 1)
+            return cond.flatten(0, 1), (cond + change).flatten(0, 1)
+        self.kept = (uncond[0] - cond)[:, : step.ahead]
+        return cond[:, step.ahead :].flatten(0, 1), uncond[0][:, step.ahead :].flatten(0, 1)
+
+    def _z(self, tokens: Tensor, order: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """z (B, P, C) of the step's positions, of each branch."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         if not isinstance(self.model, CausalArinar):
             mask = torch.zeros(tokens.shape[:2], dtype=tokens.dtype, device=tokens.device)
@@ -193,8 +243,7 @@ class _Outer:
             for index in range(first, tokens.shape[1] - step.masked):
                 token = tokens[rows, order[:, -1 - index, None]]  # (B, 1, D)
                 z, self.cache = self.model.step(token.repeat(self.copies, 1, 1), index, self.cache)
-        cond, *uncond = z.flatten(0, 1).chunk(self.copies)
-        return cond, uncond[0] if uncond else None
+        return z.chunk(self.copies)
 
 
 def _num_iter(model: Arinar, num_iter: int | None) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .checkpoint import load_arinar, load_vae, save_arinar, save_vae
 from .config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
@@ -246,7 +247,7 @@ def train_arinar(
     psnr = reconstruction_psnr(coder, dataset.train.images)
     _check_reconstruction(psnr, accept_reconstruction, progress)
     with own_random_state():
-        moments = encode_copies(coder, dataset.train.images, augment, augmented_copies, seed)
+        moments = encode_copies(coder, dataset.train.images, augment, augmented_copies, seed, progress)
         aside = encode_copies(coder, dataset.held_out.images, None, 0, seed)[0]
         model_config = _fitted_to_data(model_config, dataset, moments)
         torch.manual_seed(seed_for(seed, "weights"))
@@ -496,14 +497,17 @@ def training_loss(
 
 
 @torch.no_grad()
-def encode_copies(vae: AutoencoderKL, images: Tensor, augment: Augment | None, copies: int, seed: int) -> Tensor:
+def encode_copies(
+    vae: AutoencoderKL, images: Tensor, augment: Augment | None, copies: int, seed: int, progress: bool = False
+) -> Tensor:
     """uint8 images (N, 3, H, W) -> posterior moments (1 + copies, N, 2C, h, w) on the CPU; the first is unchanged.
 
     Without ``augment`` there is the first alone.
     """
     device = _device_of(vae)
     found = []
-    for index in range(1 + (copies if augment is not None else 0)):
+    rounds = range(1 + (copies if augment is not None else 0))
+    for index in tqdm(rounds, desc="encoding", unit="copy", disable=not progress):
         generator = torch.Generator().manual_seed(seed_for(seed, "augment", index))
         parts = []
         for part in torch.split(images, _eval_images(images.shape[-1])):

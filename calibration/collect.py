@@ -265,9 +265,30 @@ def _check_samples(samples: Sequence[StepSample], bundle: Bundle, sampling: Samp
         fits = info is not None and info.phase == "outer" and set(sample.feed) == {tensor.name for tensor in info.inputs}
         fits = fits and sample.step < sampling.num_iter and sample.tokens.shape[1] == config.token_dim
         _agree(f"sample {number}", fits, True)
+        assert info is not None
+        _check_feed(f"of sample {number}", info, sample.feed, config, sampling.size)
         labels = sample.labels
         fits = labels.min(initial=0) >= -1 and labels.max(initial=0) < config.num_classes
         _agree(f"labels of sample {number}", bool(fits), True)
+
+
+def _check_feed(what: str, info: GraphInfo, feed: Mapping[str, Array], config: ArinarConfig, batch: int) -> None:
+    """Raise CalibrationError unless inputs have the graph's types and shapes, its symbolic axes of one size each and no
+    larger than a micro-batch has them, and integers point at what there is."""
+    rows, length = 2 * batch, config.seq_len
+    most = {"B": batch, "G": 2, "N": rows, "V": length, "P": length, "U": length}
+    values = {"labels": (-1, config.num_classes), "mixed_labels": (0, config.num_classes), "rows": (0, batch)}
+    sizes: dict[str, int] = {}
+    for tensor in info.inputs:
+        value = feed[tensor.name]
+        _agree(f"type and axes of {tensor.name} {what}", (str(value.dtype), value.ndim), (tensor.dtype, len(tensor.shape)))
+        for axis, size in zip(tensor.shape, value.shape, strict=True):
+            known = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
+            fits = size == known and (isinstance(axis, int) or size <= most.get(axis, rows))
+            _agree(f"sizes of {tensor.name} {what} (axis {axis})", fits, True)
+        low, high = values.get(tensor.name, (0, length)) if value.dtype.kind == "i" else (-np.inf, np.inf)
+        fits = bool(((value >= low) & (value < high)).all())
+        _agree(f"values of {tensor.name} {what}", fits, True)
 
 
 def check_arguments(

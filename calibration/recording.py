@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arinar.config import MAX_TOKENS, check_integer
+from arinar.config import MAX_TOKENS
 from arinar.files import replacing
 from arinar.reading import parse_json, read_npz
+from arinar.values import integer
 
 from .ranges import TensorStatistics
 
@@ -92,7 +93,7 @@ class Recording:
             head = parse_json(str(arrays.pop("head")))
             if head["version"] != RECORDING_VERSION:
                 raise ValueError(f"it has version {head['version']}; this version of arinar reads {RECORDING_VERSION}")
-            done, seen = (check_integer(name, head[name], 0, 1 << 48) for name in ("done", "seen_steps"))
+            done, seen = (integer(name, head[name], 0, 1 << 48) for name in ("done", "seen_steps"))
             made = cls(dict(head["settings"]), done=done, seen_steps=seen, tensors=dict(head["tensors"]))
             made._fill(arrays, head["samples"])
         except Exception as error:  # what NumPy, zipfile and zlib raise for damaged files has no common type
@@ -115,12 +116,12 @@ class Recording:
             elif kind == "maxima" and len(rest) == 1:
                 self.maxima[rest[0]] = value
             elif kind == "sample" and len(rest) in (2, 3):
-                index = check_integer("the number of a sample", int(rest[0]), 0, len(samples) - 1)
+                index = integer("the number of a sample", int(rest[0]), 0, len(samples) - 1)
                 (parts if len(rest) == 2 else feeds)[index][rest[-1]] = value
             else:
                 raise ValueError(f"it has an array {name[:60]!r}, which no recording has")
         self.layers = {name: TensorStatistics.from_arrays(value) for name, value in layers.items()}
         for (graph, step), feed, part in zip(samples, feeds, parts, strict=True):
-            sample = StepSample(str(graph), check_integer("the step of a sample", step, 0, MAX_TOKENS), feed, **part)
+            sample = StepSample(str(graph), integer("the step of a sample", step, 0, MAX_TOKENS), feed, **part)
             sample.check()
             self.samples.append(sample)

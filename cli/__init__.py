@@ -3,7 +3,7 @@
 One file for each subject; importing it adds its subcommands to the group.
 """
 
-from . import bundles, editing, images, inspection, measuring, models, serving
+from . import bundles, editing, images, inspection, many, measuring, models, serving, shells
 from .group import main
 
-__all__ = ["bundles", "editing", "images", "inspection", "main", "measuring", "models", "serving"]
+__all__ = ["bundles", "editing", "images", "inspection", "main", "many", "measuring", "models", "serving", "shells"]

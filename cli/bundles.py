@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .common import CHECKPOINT, SAMPLING, Labels, inspected, load_models, print_json, quiet, say, without_none
+from .common import CHECKPOINT, SAMPLING, Labels, inspected, load_models, print_json, quiet, say, then, without_none
 from .group import FAILED, main
 
 
@@ -53,7 +53,7 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Export a trained model and its VAE to a bundle of ONNX graphs, each proven against PyTorch.
+    """Write a trained model as a bundle of ONNX graphs, each proven.
 
     CHECKPOINT is a published training checkpoint, a safetensors file, or a demo model's name. The 8-bit precisions are
     made from the bundle's fp32 graphs (exported first where they are missing); for them CHECKPOINT may be a bundle too.
@@ -68,14 +68,13 @@ def export(
     check_folder(out)
     if precision in QUANTIZED:
         manifest = _export_quantized(checkpoint, vae, out, precision, calibration, opset, overwrite, options)
-        if as_json:
-            click.echo(manifest.to_json(), nl=False)
+        _tell_exported(manifest, checkpoint, vae, out, precision, as_json)
         return
     if calibration is not None:
         raise click.UsageError(f"--calibration is for {', '.join(QUANTIZED)}; {precision} has no use for it")
+    model, autoencoder = load_models(checkpoint, vae, **options)
     from arinar.export.bundle import export_bundle
 
-    model, autoencoder = load_models(checkpoint, vae, **options)
     manifest = export_bundle(
         model,
         autoencoder,
@@ -87,8 +86,19 @@ def export(
         provenance=inspected(checkpoint, vae, **options),
         progress=say,
     )
+    _tell_exported(manifest, checkpoint, vae, out, precision, as_json)
+
+
+def _tell_exported(manifest: Any, checkpoint: str, vae: str | None, out: Path, precision: str, as_json: bool) -> None:
     if as_json:
         click.echo(manifest.to_json(), nl=False)
+        return
+    variant = "" if precision == "fp32" else f" --precision {precision}"
+    models = "" if Path(checkpoint).is_dir() else f" --checkpoint {checkpoint}{f' --vae {vae}' if vae else ''}"
+    then(
+        f"arinar parity {out}{variant}{models or ' --checkpoint CHECKPOINT --vae VAE'}   (is it still the same model?)",
+        f"arinar generate {out}{variant} --labels {'0' if manifest.config.num_classes < 1000 else '207'} -o out/",
+    )
 
 
 def _export_quantized(
@@ -161,7 +171,7 @@ def calibrate(
     model: str,
     vae: str | None,
     num_images: int,
-    labels: list[int] | None,
+    labels: list[int | str] | None,
     out: Path,
     precisions: tuple[str, ...],
     budget_kl: float,
@@ -170,7 +180,7 @@ def calibrate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure what the layers see while the model generates, and find out which of them bear 8 bits.
+    """Find out which layers bear 8 bits, by what they see while the model generates.
 
     MODEL is a bundle with fp32 graphs, or a checkpoint, which is exported for the occasion. Ctrl-C leaves what was
     recorded; the same command goes on from there.
@@ -216,6 +226,8 @@ def calibrate(
     else:
         _print_calibration(result)
         click.echo(f"{out} written")
+        target = model if Path(model).is_dir() else "bundle/"
+        then(f"arinar export {target} -o {target} --precision {arguments['precisions'][0]} --calibration {out}")
 
 
 def _print_calibration(result: dict[str, Any]) -> None:
@@ -282,6 +294,7 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--version-compatible", is_flag=True, help="Engines that later versions of the library run too; larger and slower."
 )
+@click.option("--tf32/--no-tf32", default=True, show_default=True, help="Of the VAE's decoder, where it is float32.")
 @click.option(
     "--compute-capability",
     help="GPUs to build for, e.g. 8.9,12.0 (tensorrt-rtx). [default: this GPU; tensorrt-rtx: all from 8.0 on]",
@@ -301,15 +314,16 @@ def build(
     opt_level: int | None,
     timing_cache: Path | None,
     version_compatible: bool,
+    tf32: bool,
     compute_capability: str | None,
     timeout: float,
     rebuild: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Build TensorRT engines from a bundle's graphs, into the bundle. Exits with 1 when one could not be built.
+    """Build TensorRT engines from a bundle's graphs.
 
-    What has not changed since the last build is kept. Engines for several GPUs, versions and precisions lie side by
+    Exits with 1 when one could not be built. What has not changed since the last build is kept. Engines for several GPUs, versions and precisions lie side by
     side; the runtime takes those that fit. Each graph is built in a process of its own.
 
     \b
@@ -330,6 +344,7 @@ def build(
         optimization_level=opt_level,
         timing_cache=timing_cache,
         version_compatible=version_compatible,
+        tf32=tf32,
         compute_capability=[item.strip() for item in (compute_capability or "").split(",") if item.strip()],
         timeout=timeout,
         rebuild=rebuild,
@@ -342,7 +357,7 @@ def build(
     elif dry_run:
         for outcome in outcomes:
             click.echo(f"{outcome.graph}: {outcome.state}, {outcome.path}")
-            for name, (low, usual, high) in outcome.info.profiles.items():
+            for name, (low, usual, high) in (item for profile in outcome.info.profiles for item in profile.items()):
                 click.echo(f"  {name}: {low} .. {usual} .. {high}")
     else:
         size = sum(outcome.info.size for outcome in outcomes if outcome.state != "failed")
@@ -350,5 +365,7 @@ def build(
         click.echo(f"{outcomes[0].path.parent if outcomes else bundle}: {states}, {size / 1e6:.1f} MB")
         for outcome in failed:
             click.echo(f"FAILED {outcome.graph}: {outcome.error}", err=True)
+        if outcomes and not failed:
+            then(f"arinar generate {bundle} --backend {backend} --precision {outcomes[0].info.precision} --labels 0 -o out/")
     if failed:
         sys.exit(FAILED)

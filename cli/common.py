@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from arinar.text import printable
 
 if TYPE_CHECKING:
     from arinar.checkpoint import CheckpointInfo
@@ -29,25 +35,104 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, sort_keys=True, default=str))
 
 
-def parse_labels(text: str) -> list[int]:
-    """`3`, `1,5,7`, `0-9`, and mixtures of them -> class ids."""
-    labels: list[int] = []
+def then(*commands: str) -> None:
+    """What a command ends with: what to do next, a line each."""
+    for place, command in enumerate(commands):
+        as_called = f"{program()} {command.removeprefix('arinar ')}" if command.startswith("arinar ") else command
+        say(f"{'next:' if place == 0 else '     '} {as_called}")
+
+
+def program() -> str:
+    """This command as it was called: an environment that is not activated has it on no path."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py" and called.parent.name == "arinar":
+        return f"{sys.executable} -m arinar"
+    if called.name != "arinar":  # called from Python
+        return "arinar"
+    found = shutil.which("arinar")
+    return "arinar" if found is not None and os.path.samefile(found, called) else str(called)
+
+
+def parse_integers(text: str) -> list[int]:
+    """`3`, `1,5,7`, `0-9`, and mixtures of them."""
+    return [number for part in text.split(",") for number in _range(part)]
+
+
+def parse_labels(text: str) -> list[int | str]:
+    """As `parse_integers`; what is no number is a class's name, `-1` an image of no class."""
+    labels: list[int | str] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match is None:
-            raise click.BadParameter(f"{part!r} is not a class id or a range; write for example 207,360 or 0-9")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first > 1_000_000:
-            raise click.BadParameter(f"the range {part.strip()!r} runs backwards or is too long")
-        labels.extend(range(first, last + 1))
+        name = part.strip()
+        if name == "-1" or (name and not re.fullmatch(r"[\d\s-]+", name)):
+            labels.append(-1 if name == "-1" else name)
+        else:
+            labels.extend(_range(part))
     return labels
 
 
-class Labels(click.ParamType):  # type: ignore[type-arg]
-    name = "labels"
+def _range(part: str) -> range:
+    match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
+    if match is None:
+        raise click.BadParameter(f"{part!r} is not a number or a range; write for example 207,360 or 0-9")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first or last - first > 1_000_000:
+        raise click.BadParameter(f"the range {part.strip()!r} runs backwards or is too long")
+    return range(first, last + 1)
+
+
+class Integers(click.ParamType):  # type: ignore[type-arg]
+    name = "integers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        return value if isinstance(value, list) else parse_integers(value)
+
+
+class Labels(click.ParamType):  # type: ignore[type-arg]
+    """Class ids, and names, which only a model can tell: `Pipeline.resolve` finds them."""
+
+    name = "labels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int | str]:
         return value if isinstance(value, list) else parse_labels(value)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """`.9,1,1.1`, `3:5:.25` (first to last in steps; `3:5` in steps of 1), and mixtures of them -> numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        return value if isinstance(value, list) else parse_numbers(value)
+
+
+def parse_numbers(text: str) -> list[float]:
+    numbers: list[float] = []
+    for part in text.split(","):
+        words = part.split(":") if ":" in part else [part, part]
+        try:  # (in decimal, where 3.1 + 0.1 is 3.2)
+            first, last, step = (Decimal(word.strip()) for word in (words if len(words) > 2 else [*words, "1"]))
+            whole = first.is_finite() and last.is_finite() and step > 0 and first <= last < first + 1000 * step
+        except (ValueError, ArithmeticError):
+            whole = False
+        if not whole:
+            raise click.BadParameter(f"{part!r} is no number and no range; write for example .9,1,1.1 or 3:5:.25")
+        while first <= last:
+            numbers.append(float(first))
+            first += step
+    return numbers
+
+
+class Interval(click.ParamType):  # type: ignore[type-arg]
+    name = "interval"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([\d.]+):([\d.]+)", value)
+        try:
+            return float(found[1]), float(found[2])  # type: ignore[index]
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is no interval; expected LOW:HIGH, two shares of known tokens, e.g. 0.2:1", param, ctx)
 
 
 class Options:
@@ -89,6 +174,21 @@ SAMPLING = Options(
         help="Of a diffusion head: 100, ddim25, or 25-5 for fewer in later outer steps. [default: the bundle's]",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) alone."),
+)
+#: What makes other images, of another law, in less time.
+PLAN = Options(
+    click.option(
+        "--schedule",
+        metavar="SCHEDULE",
+        help="Which tokens a step generates: cosine, or staged:64x24,64x6,128x2, tokens x steps of a coarse checkerboard, "
+        "then of what lies between (docs/faster.md). [default: cosine]",
+    ),
+    click.option(
+        "--guidance-interval",
+        type=Interval(),
+        metavar="LOW:HIGH",
+        help="Shares of known tokens between which steps are guided; others cost half. [default: 0:1]",
+    ),
 )
 
 
@@ -165,6 +265,7 @@ def read_config(text: str, kind: Any, presets: Mapping[str, Any]) -> Any:
 
 def load_models(checkpoint: str, vae: str | None = None, **options: Any) -> tuple[Arinar, AutoencoderKL]:
     """The model and its autoencoder; ``vae`` may be left out for a demo model. ``options``: CHECKPOINT's."""
+    say(f"starting PyTorch, reading {printable(checkpoint, 200)}")
     import warnings
 
     from arinar.checkpoint import load_arinar, load_vae
@@ -201,16 +302,36 @@ def open_pipeline(
     threads: int | None,
     low_memory: bool,
     no_cuda_graphs: bool,
+    tell: Callable[[str], None] = say,
 ) -> Pipeline:
-    """Load a bundle. Options as RUNTIME gives them."""
+    """Load a bundle, and tell what runs where. Options as RUNTIME gives them."""
+    tell(f"opening {printable(bundle, 200)}")
     from arinar.runtime import Pipeline
     from arinar.runtime.backends import backend_options
 
     # What is not asked for is the backend's own affair: it may not have the option.
-    options = without_none({"threads": threads, "low_memory": low_memory or None})
+    options: Any = without_none({"threads": threads, "low_memory": low_memory or None})
     if no_cuda_graphs and (backend is None or "cuda_graphs" in backend_options(backend)):  # else there are none anyway
         options["cuda_graphs"] = False
-    return Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    pipeline = Pipeline.load(bundle, backend=backend, precision=precision, **options)
+    tell(running(pipeline))
+    return pipeline
+
+
+def running(pipeline: Pipeline) -> str:
+    """Which precision runs on what, and which of the bundle's others are faster there."""
+    from arinar.schemes import SCHEMES
+
+    manifest, name = pipeline.bundle.manifest, pipeline.backend.name
+    kind = "cpu" if pipeline.backend.synchronous else "gpu"
+
+    def faster(precision: str) -> bool:
+        scheme = SCHEMES[manifest.scheme(precision)]
+        return kind in scheme.faster_on and name in scheme.runs_on
+
+    others = [precision for precision in manifest.graphs if faster(precision) and precision != pipeline.precision]
+    hint = f"; faster here: {', '.join(f'--precision {other}' for other in others)}" if others else ""
+    return f"precision {pipeline.precision} on {name}{'' if faster(pipeline.precision) else hint}"
 
 
 def provenance(checkpoint: str, vae: str | None, info: CheckpointInfo) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import RUNTIME, SAMPLING, Labels, open_pipeline, print_json
+from .common import RUNTIME, SAMPLING, Labels, open_pipeline, print_json, then
 from .group import main
 
 if TYPE_CHECKING:
@@ -42,7 +42,12 @@ class Box(click.ParamType):  # type: ignore[type-arg]
 @click.option("--outpaint", is_flag=True, help="The box is what is kept; all around it is generated anew.")
 @click.option("--grow", type=int, default=0, show_default=True, help="Tokens more around what is generated anew.")
 @click.option(
-    "--label", "--labels", "labels", type=Labels(), required=True, help="Class of the new part; several make several results."
+    "--label",
+    "--labels",
+    "labels",
+    type=Labels(),
+    required=True,
+    help="Class of the new part, by id or name; several make several results.",
 )
 @click.option("--per-label", type=click.IntRange(min=1), default=1, show_default=True, help="Results of each label.")
 @click.option("--resize", is_flag=True, help="Cut the picture to a square and resize it to the model's size first.")
@@ -66,7 +71,7 @@ def edit(
     box: tuple[int, ...] | None,
     outpaint: bool,
     grow: int,
-    labels: list[int],
+    labels: list[int | str],
     per_label: int,
     resize: bool,
     no_paste: bool,
@@ -118,7 +123,7 @@ def edit(
         print_json(
             {
                 "images": [str(path) for path in paths],
-                "labels": wanted,
+                "labels": edits.sampling.classes.shown(),
                 "seed": options["seed"],
                 "generated_tokens": edits.unknown,
                 "timings": timings,
@@ -129,6 +134,7 @@ def edit(
     else:
         where = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
         click.echo(f"{where}: {edits.unknown} of {pipeline.config.seq_len} tokens are new")
+        then(f"look at {paths[0]} (--grow 1 takes more of what is around the mask, another --seed makes others)")
 
 
 def _paths(out: Path, count: int, overwrite: bool) -> list[Path]:

@@ -23,6 +23,7 @@ INSTALL_HINTS = {
     "safetensors": "export",
     "sklearn": "demo",
     "onnxruntime": "cpu",
+    "ray": "ray",
     **dict.fromkeys(
         ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "multipart", "python_multipart"), "serve"
     ),
@@ -30,9 +31,33 @@ INSTALL_HINTS = {
 
 BAD_INPUT, FAILED = 2, 1
 
+#: Subcommands as `--help` lists them: in the order in which one comes to need them. Others follow.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Begin": ("demo", "inspect"),
+    "Make a model": ("train", "init"),
+    "Deploy it": ("export", "calibrate", "build"),
+    "Prove it": ("parity", "bench", "evaluate", "sweep"),
+    "Use it": ("generate", "edit", "sample", "serve"),
+    "This command": ("completion",),
+}
+
 
 class ArinarGroup(click.Group):
     """Turns our errors into one line and an exit code: 2 for bad input, 1 for a failed check or computation."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        ordered = [name for names in SECTIONS.values() for name in names if name in self.commands]
+        return ordered + sorted(set(self.commands) - set(ordered))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """By sections; a command's line is its help's first sentence, whole."""
+        left = self.list_commands(ctx)
+        for section, names in {**SECTIONS, "Other": tuple(left)}.items():
+            here = [name for name in names if name in left]
+            left = [name for name in left if name not in here]
+            if here:
+                with formatter.section(section):
+                    formatter.write_dl([(name, self.commands[name].get_short_help_str(1000)) for name in here])
 
     def invoke(self, ctx: click.Context) -> Any:
         with _warnings_in_one_line():
@@ -42,7 +67,8 @@ class ArinarGroup(click.Group):
         try:
             with sigterm_raises():
                 return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort):  # click's own way out (--help, Ctrl-C at a prompt); RuntimeErrors
+        # click's own way out (--help, Ctrl-C at a prompt; RuntimeErrors); who reads the output has enough of it (| head).
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except ModuleNotFoundError as error:
             extra = INSTALL_HINTS.get((error.name or "").split(".")[0])
@@ -103,7 +129,7 @@ def fail(message: str, code: int) -> None:
 @click.group(cls=ArinarGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="arinar")
 def main() -> None:
-    """Put ARINAR models into production: train, export, generate, and prove that it is still the same model.
+    """Put ARINAR and MAR models into production, and prove that they are still the same models.
 
     \b
     See it work:     arinar demo

@@ -11,14 +11,16 @@ import click
 
 from arinar.demo import DEMO_MODELS
 
-from .common import RUNTIME, SAMPLING, Labels, load_models, open_pipeline, print_json, provenance, say
+from .common import PLAN, RUNTIME, SAMPLING, Labels, load_models, open_pipeline, print_json, provenance, say, then
 from .group import FAILED, main
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from arinar.class_names import Classes
     from arinar.judge import Judgement
-    from arinar.runtime import Progress
+    from arinar.runtime import Generation, Progress
+    from arinar.runtime.worklist import Worklist
 
 
 #: Files of one run, all in one folder, each with its settings in memory.
@@ -47,7 +49,7 @@ MOST_DEMO_IMAGES = 100
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> None:
-    """The whole journey on a model that ships with the package: checkpoint, ONNX, images, proof.
+    """The whole journey with a small model that ships with the package.
 
     \b
     Example:  arinar demo
@@ -79,7 +81,8 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     labels = [digit for digit in range(10) for _ in range(per_class)]
     made = pipeline.generate(labels, seed=seed)
     picture = out / f"{model}.png"
-    save_png(contact_sheet(made.images, columns=per_class, scale=2), picture, {"model": model, "seed": seed})
+    sheet = contact_sheet(made.images, per_class, scale=2, rows=[str(digit) for digit in range(10)], title=_title(made))
+    save_png(sheet, picture, {"model": model, "seed": seed})
     say(f"   {len(labels)} images in {made.timings['total']:.1f} s -> {picture} (one row per digit)")
 
     say("4. are they what PyTorch would have made? Same noise through both")
@@ -91,7 +94,13 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
     say("5. an independent classifier, trained on the real digits, reads the images")
     verdict = _judged(made.images, labels)
     seconds = time.perf_counter() - began
-    say(f"done in {seconds:.0f} s. Look at {picture}; generate more with: arinar generate {bundle} --labels 0-9 -o out")
+    say(f"done in {seconds:.0f} s: look at {picture}")
+    then(
+        f"arinar generate {bundle} --labels 0-9 --grid -o out/   (more of them)",
+        f"arinar inspect {bundle}   (what is in a bundle)",
+        f"arinar export {bundle} -o {bundle} --precision int8   (fewer bits, less time)",
+        "arinar train --help   (a model of your own)",
+    )
     if as_json:
         print_json(
             {
@@ -107,6 +116,13 @@ def demo(model: str, out: Path, per_class: int, seed: int, as_json: bool) -> Non
         )
     if not report.passed:
         sys.exit(FAILED)
+
+
+def _title(made: Generation) -> str:
+    """How the images of a sheet were made, as far as they were made alike."""
+    about = made.images[0].info
+    steps = f", {about['sampling_steps']} sampling steps" if "sampling_steps" in about else ""
+    return f"seed {about['seed']}, {about['precision']}, guidance {about['guidance_scale']:g}, {about['num_iter']} steps{steps}"
 
 
 def _indent(line: str) -> None:
@@ -128,7 +144,12 @@ def _judged(images: list[Image], labels: list[int]) -> Judgement:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--labels", type=Labels(), required=True, help="Class ids and ranges: 207,360 or 0-9.")
+@click.option(
+    "--labels",
+    type=Labels(),
+    required=True,
+    help='Class ids, ranges and names: 207,360, 0-9, "golden retriever"; -1 is no class.',
+)
 @click.option("--per-label", type=click.IntRange(min=1), default=1, show_default=True, help="Images of each label.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the PNG files.")
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, grid.png.")
@@ -144,10 +165,11 @@ def _judged(images: list[Image], labels: list[int]) -> Judgement:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
 @SAMPLING
+@PLAN
 @RUNTIME
 def generate(
     bundle: Path,
-    labels: list[int],
+    labels: list[int | str],
     per_label: int,
     out: Path,
     grid: bool,
@@ -157,13 +179,14 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Generate images from a bundle: numbered PNG files that hold their label and seed as metadata.
+    """Generate images: PNG files that hold their label, seed and settings.
 
     Files that are already there, made with the same settings, are kept: an interrupted run goes on where it stopped.
     Ctrl-C leaves the images that were finished, and exits with 130.
 
     \b
     Example:  arinar generate bundle/ --labels 207,360 -o out/
+              arinar generate bundle/ --labels "golden retriever",otter -o out/
               arinar generate digits-bundle/ --labels 0-9 --per-label 10 --grid -o digits/ --seed 7
               arinar generate bundle/ --labels 207 -o out/ --preview growing.webp
     """
@@ -177,19 +200,24 @@ def generate(
             f"folder; make them in several runs, with --seed and -o of their own"
         )
     from arinar.runtime.growing import GrowingPicture
-    from arinar.runtime.images import contact_sheet, save_png
+    from arinar.runtime.images import save_png
     from arinar.runtime.worklist import Worklist
 
     check_folder(out)
     growing = None if preview is None else GrowingPicture(preview)
     pipeline = open_pipeline(bundle, **RUNTIME.of(options))
     wanted, seed = [label for label in labels for _ in range(per_label)], options["seed"]
-    work = Worklist(pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options))
+    work = Worklist(
+        pipeline, wanted, out, batch_size=batch_size, overwrite=overwrite, **SAMPLING.of(options), **PLAN.of(options)
+    )
     kept = len(wanted) - len(work.missing)
     if growing is not None:
         growing.check(len(work.missing), work.sampling.size)
     if kept:
         say(f"{kept} of {len(wanted)} images are already in {out}" + ("" if work.missing or not preview else ": no preview"))
+    if work.missing:
+        say("loading the graphs")
+        work.prepare()
     with tqdm(total=len(work.missing) * work.sampling.num_iter, unit="step", disable=not work.missing) as bar:
 
         def step(progress: Progress) -> None:
@@ -201,14 +229,13 @@ def generate(
     if growing is not None:
         growing.close()
     if grid:
-        columns = per_label if per_label > 1 else None
-        save_png(contact_sheet(work.images(), columns), out / "grid.png", {"seed": seed})
+        save_png(_grid(work, per_label), out / "grid.png", {"seed": seed})
     made = len(wanted) - kept
     if as_json:
         print_json(
             {
                 "images": [str(path) for path in work.paths],
-                "labels": wanted,
+                "labels": work.labels,
                 "seed": seed,
                 "made": made,
                 "timings": timings,
@@ -219,3 +246,21 @@ def generate(
     else:
         pace = f", {timings['total'] / made:.3g} s each" if made else ""
         click.echo(f"{made} images in {out}{pace}" + (f"; contact sheet {out / 'grid.png'}" if grid else ""))
+        again = "another --seed makes others" if grid else "--grid adds a contact sheet, another --seed makes others"
+        then(f"look at {work.paths[0]} ({again})")
+
+
+def _grid(work: Worklist, per_label: int) -> Image:
+    """A row for each label where it has several images, else a caption for each."""
+    from arinar.runtime.images import contact_sheet
+
+    captions = [_caption(label, work.pipeline.classes) for label in work.labels]
+    if per_label > 1:
+        return contact_sheet(work.images(), per_label, rows=captions[::per_label])
+    return contact_sheet(work.images(), captions=captions)
+
+
+def _caption(label: int | dict[int, float], classes: Classes) -> str:
+    if isinstance(label, dict):
+        return " + ".join(f"{share:.0%} {classes.short(key)}" for key, share in label.items())
+    return classes.caption(label)

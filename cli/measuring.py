@@ -13,6 +13,7 @@ from .common import (
     CHECKPOINT,
     RUNTIME,
     SAMPLING,
+    Integers,
     Labels,
     inspected,
     load_models,
@@ -20,6 +21,7 @@ from .common import (
     print_json,
     quiet,
     say,
+    then,
     without_none,
 )
 from .group import FAILED, main
@@ -71,7 +73,7 @@ def parity(
     bundle: Path,
     checkpoint: str,
     vae: str | None,
-    labels: list[int],
+    labels: list[int | str],
     distribution: int,
     features: str,
     fid_stats: Path | None,
@@ -82,9 +84,9 @@ def parity(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Is the deployed bundle still the trained model? Exits with 1 when a check fails.
+    """Is the deployed bundle still the trained model?
 
-    Four levels: each graph alone; along the PyTorch trajectory, step by step; both on their own from the same noise;
+    Exits with 1 when a check fails. Four levels: each graph alone; along the PyTorch trajectory, step by step; both on their own from the same noise;
     and (--distribution) the law of many images, beside what two PyTorch runs differ. Where level 2 or 3 exceeds a limit,
     it is judged by how far PyTorch in float32 is from PyTorch in float64 on the same weights and noise.
 
@@ -111,7 +113,7 @@ def parity(
         pipeline,
         model,
         autoencoder,
-        labels=labels,
+        labels=pipeline.resolve(labels).classes.shown(),
         thresholds=thresholds,
         distribution=distribution,
         features=features,
@@ -130,14 +132,20 @@ def parity(
         print_json(report.to_dict())
     else:
         click.echo(report.table())
+        if report_file is not None:
+            then(f"look at {report_file}")
+        elif report.passed:
+            then(f"arinar generate {bundle} --labels 0 -o out/   (--report FILE.html here: the same with curves)")
+        else:
+            then("docs/parity.md says what each row means, and when a failure is bad (--report FILE.html: with curves)")
     if not report.passed:
         sys.exit(FAILED)
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--batch", "batches", default="1,4", show_default=True, type=Labels(), help="Batch sizes.")
-@click.option("--num-iter", "num_iters", type=Labels(), help="Numbers of outer steps. [default: the bundle's]")
+@click.option("--batch", "batches", default="1,4", show_default=True, type=Integers(), help="Batch sizes.")
+@click.option("--num-iter", "num_iters", type=Integers(), help="Integers of outer steps. [default: the bundle's]")
 @click.option("--sampling-steps", metavar="STEPS", help="Of a diffusion head, e.g. 25. [default: the bundle's]")
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds; medians are reported.")
@@ -159,7 +167,9 @@ def bench(
     as_json: bool,
     **runtime: Any,
 ) -> None:
-    """How fast is a bundle on this machine? Time by phase, memory, cold start, and the time it takes at least.
+    """How fast is a bundle on this machine, and how fast could it be?
+
+    Time by phase, memory, cold start, and the time that it takes at least.
 
     \b
     Example:  arinar bench bundle/ --batch 1,4 --num-iter 64 -o today.json --html today.html
@@ -197,3 +207,9 @@ def bench(
         from arinar.measure.bench_report import render
 
         write_text(html_file, render(report))
+    if not as_json:
+        then(
+            f"arinar bench {bundle} --against {out}   (after a change)"
+            if out
+            else "-o FILE.json keeps it, --against FILE.json compares"
+        )

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from .common import read_config, say, without_none
+from arinar.text import printable
+
+from .common import read_config, say, then, without_none
 from .group import main
 
 
@@ -20,6 +22,11 @@ from .group import main
 )
 @click.option("--vae", help="Autoencoder's checkpoint, for training a model. [default: the shipped one of the digits]")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors).")
+@click.option(
+    "--img-size",
+    type=click.IntRange(min=8),
+    help="Side in pixels to train an autoencoder at. [default: 32; a model: its config's]",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Updates. [default: what the shipped weights took]")
 @click.option("--batch-size", type=click.IntRange(min=1))
 @click.option("--learning-rate", type=float)
@@ -35,13 +42,14 @@ def train(
     data: str,
     vae: str | None,
     out: Path,
+    img_size: int | None,
     seed: int,
     accept_reconstruction: bool,
     device: str | None,
     overwrite: bool,
     **given: Any,
 ) -> None:
-    """Train a model (or with VAE as the first argument, its autoencoder), starting or resuming.
+    """Train a model, or with VAE as the first argument an autoencoder.
 
     Ctrl-C saves the training's state beside the checkpoint; the same command goes on from there, and ends with the
     same weights as if it had not been interrupted.
@@ -51,6 +59,7 @@ def train(
               arinar train model --config digits --vae my-vae.safetensors -o my-digits.safetensors
               arinar train model --config my-config.json --data photos/ --vae kl16.ckpt -o mine.safetensors
     """
+    say(f"starting PyTorch, reading {printable(data, 200)}")
     from arinar import train as training
     from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig
 
@@ -66,15 +75,27 @@ def train(
         "overwrite": overwrite,
     }
     if what == "model":
+        if img_size is not None:
+            raise click.UsageError("--img-size is for training an autoencoder; a model's is in its --config")
         arguments |= {"vae": vae, "accept_reconstruction": accept_reconstruction}
     elif vae is not None or accept_reconstruction:
         raise click.UsageError("--vae and --accept-reconstruction are for training a model")
+    elif img_size is not None:
+        arguments["img_size"] = img_size
     result = (training.train_vae if what == "vae" else training.train_arinar)(out, **arguments)
     if not result.finished:
         say(f"interrupted after {result.step} steps; the same command resumes")
         sys.exit(130)
     held_out = "" if result.held_out is None else f", held-out loss {result.held_out:.4f} at step {result.best_step}"
     click.echo(f"{out}: {result.parameters:,} parameters{held_out}")
+    if what == "vae":
+        then(f"arinar train model --config {config} --data {data} --vae {out} -o model.safetensors")
+    else:
+        coder = vae or "digits"
+        then(
+            f"arinar export {out} --vae {coder} -o bundle/",
+            "arinar generate bundle/ --labels 0 -o out/   (docs/train.md: what to do where the pictures are bad)",
+        )
 
 
 @main.command()
@@ -94,7 +115,7 @@ def init(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Write a checkpoint with random weights: for measuring speed and memory, not for pictures.
+    """Write a checkpoint with random weights, to measure speed and memory with.
 
     \b
     Example:  arinar init --preset base -o base.safetensors --vae-out kl16.safetensors
@@ -141,3 +162,4 @@ def _write_random(preset: str, out: Path | None, vae_out: Path | None, seed: int
         vae = random_vae(preset, seed)
         save_vae(vae_out, vae, metadata=note)
         click.echo(f"{vae_out}: {sum(p.numel() for p in vae.parameters()):,} parameters")
+    then(f"arinar export {out or 'CHECKPOINT'} --vae {vae_out or 'VAE'} -o bundle/, then arinar bench bundle/")

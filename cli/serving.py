@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .common import RUNTIME, open_pipeline
+from .common import RUNTIME, open_pipeline, quiet
 from .group import main
 
 
@@ -52,8 +52,9 @@ def serve(
     no_trial: bool,
     **options: Any,
 ) -> None:
-    """Serve a bundle over HTTP: OpenAI's image routes, and a page to try it in a browser. Ctrl-C ends it when what was begun is
-    finished; a second one at once.
+    """Serve a bundle over HTTP: OpenAI's routes, and a page to try it.
+
+    Ctrl-C ends it when what was begun is finished; a second one at once.
 
     \b
     Example:  arinar serve bundle/
@@ -74,7 +75,7 @@ def serve(
         )
     asked = Options(name, max_batch, max_wait_ms, queue, timeout, trial=not no_trial)
     with listen(host, port) as listening:  # before the long work: the port may be taken
-        service = Service(open_pipeline(bundle, **RUNTIME.of(options)), asked)
+        service = Service(open_pipeline(bundle, **RUNTIME.of(options), tell=quiet), asked)
         logs.set_up()
         app = create_app(service, keys=keys, hosts=LOOPBACK if local and keys is None else None)
         _greet(address_of(listening), keys is not None, service)

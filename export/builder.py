@@ -183,7 +183,7 @@ def _parse(trt: Any, builder: Any, log: Any, complaints: list[str], onnx: str) -
 
 
 def _configure(trt: Any, builder: Any, complaints: list[str], job: dict[str, Any]) -> Any:
-    """The builder's configuration: flags, targets, the profile of shapes, a monitor."""
+    """The builder's configuration: flags, targets, the profiles of shapes, a monitor."""
     flags: dict[str, Any] = job["flags"]
     config = builder.create_builder_config()
     if flags["workspace"] is not None:
@@ -199,11 +199,12 @@ def _configure(trt: Any, builder: Any, complaints: list[str], job: dict[str, Any
         for index, target in enumerate(job["targets"]):
             if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"], index):
                 raise _BuildError(f"compute capability {target} was refused: {'; '.join(complaints)}")
-    profile = builder.create_optimization_profile()
-    for name, (low, usual, high) in job["profiles"].items():
-        profile.set_shape(name, tuple(low), tuple(usual), tuple(high))
-    if job["profiles"] and config.add_optimization_profile(profile) < 0:
-        raise _BuildError(f"the shapes {job['profiles']} were refused: {'; '.join(complaints)}")
+    for shapes in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in shapes.items():
+            profile.set_shape(name, tuple(low), tuple(usual), tuple(high))
+        if config.add_optimization_profile(profile) < 0:
+            raise _BuildError(f"the shapes {shapes} were refused: {'; '.join(complaints)}")
     if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = _monitor(trt)
     return config

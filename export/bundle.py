@@ -24,12 +24,14 @@ from arinar.runtime.bundle import (
     Manifest,
     file_info,
 )
+from arinar.runtime.wire import external_locations
 from arinar.schemes import QUANTIZED, TRACED
 from arinar.vae import AutoencoderKL
 
 from .cpu import cpu_path, write_cpu_form
+from .cuda import cuda_path, finish_cuda_form
 from .folder import check_bundle_folder, locked, place, scratch_folder, write_manifest
-from .graphs import HEADS, graph_specs
+from .graphs import HEADS, cuda_forms, graph_specs
 from .spec import Array, ExportError, GraphSpec
 from .steps import half_precision, half_precision_vae
 from .trace import DEFAULT_OPSET, OPSETS, WeightStore, exact_reference, export_graph, validate_graph, write_model
@@ -200,6 +202,7 @@ class _Variant:
     """What is to be written: the model in its precision and in float32, the graphs' precision and opset."""
 
     specs: dict[str, GraphSpec]
+    cuda: dict[str, GraphSpec]  # graphs that have another form for CUDA
     exact: dict[str, GraphSpec]
     config: ArinarConfig
     precision: str
@@ -210,13 +213,16 @@ class _Variant:
         cls, model: Arinar, vae: AutoencoderKL, law: Mapping[str, int], precision: str, vae_precision: str, opset: int
     ) -> _Variant:
         exact = specs = graph_specs(model, vae, law, opset)
+        cuda: dict[str, GraphSpec] = {}
         if precision == "fp16":
             half = half_precision(model, HEADS[model.config.head].float32_islands)
             small = half_precision_vae(vae) if vae_precision == "fp16" else vae
-            specs = graph_specs(half, small, law, opset)
-            loose = {n for n, s in specs.items() if s.layered or (vae_precision == "fp16" and s.convolutional)}
+            specs, cuda = graph_specs(half, small, law, opset), cuda_forms(half)
+            halved = {n for n, s in specs.items() if vae_precision == "fp16" and s.convolutional}
+            loose = halved | {n for n, s in specs.items() if s.layered or s.phase == "first"}
             specs = {n: replace(s, atol=FP16_ATOL) if n in loose else s for n, s in specs.items()}
-        return cls(specs, exact, model.config, precision, opset)
+            cuda = {n: replace(s, atol=FP16_ATOL) for n, s in cuda.items()}
+        return cls(specs, cuda, exact, model.config, precision, opset)
 
     def reference(self, spec: GraphSpec) -> Reference | None:
         """What a graph must compute, where that is not its own module."""
@@ -233,7 +239,7 @@ def _write_graphs(
     traced = [spec for spec in variant.specs.values() if spec.name not in shared]
     composed = HEADS[variant.config.head].COMPOSED
     total = len(traced) + len(composed)
-    paths = _trace(traced, folder, variant.opset, total, say)
+    paths = _trace(traced, variant, folder, total, say)
     for number, name in enumerate(composed, len(traced) + 1):
         spec = _compose(name, variant, folder)
         say(f"[{number}/{total}] composed {name}")
@@ -242,7 +248,7 @@ def _write_graphs(
     graphs: dict[str, GraphInfo] = dict(shared)
     for number, spec in enumerate(traced, 1):
         try:
-            error: float | None = _prove(paths[spec.name], spec, variant.reference(spec))
+            error: float | None = _prove(paths[spec.name], spec, variant)
         except ExportError as mismatch:
             if not untrained or spec.draws == "none":
                 raise
@@ -263,14 +269,17 @@ def _write_graphs(
     return graphs
 
 
-def _prove(path: Path, spec: GraphSpec, reference: Reference | None) -> float:
-    """Write a graph's form for CPUs, and prove both -> the larger error. Raises ExportError."""
-    forms = [path, write_cpu_form(path)]
-    return max(validate_graph(form, spec, reference) for form in forms if form is not None)
+def _prove(path: Path, spec: GraphSpec, variant: _Variant) -> float:
+    """Write a graph's form for CPUs, and prove all its forms -> the largest error. Raises ExportError."""
+    reference = variant.reference(spec)
+    errors = [validate_graph(form, spec, reference) for form in (path, write_cpu_form(path)) if form is not None]
+    if spec.name in variant.cuda:
+        errors.append(validate_graph(cuda_path(path), variant.cuda[spec.name], reference))
+    return max(errors)
 
 
-def _trace(specs: Sequence[GraphSpec], folder: Path, opset: int, total: int, say: Progress) -> dict[str, Path]:
-    """Write the traced graphs, their large weights in files that they share -> paths by name."""
+def _trace(specs: Sequence[GraphSpec], variant: _Variant, folder: Path, total: int, say: Progress) -> dict[str, Path]:
+    """Write the traced graphs and their forms for CUDA, large weights in files that they share -> paths by name."""
     stores: dict[str, WeightStore] = {}
     paths = {}
     try:
@@ -279,7 +288,10 @@ def _trace(specs: Sequence[GraphSpec], folder: Path, opset: int, total: int, say
             name = f"{spec.name}.data" if spec.convolutional else WEIGHTS_NAME
             if name not in stores:
                 stores[name] = WeightStore(folder / name)
-            paths[spec.name] = export_graph(spec, folder, stores[name], opset)
+            path = paths[spec.name] = export_graph(spec, folder, stores[name], variant.opset)
+            if spec.name in variant.cuda:
+                form = replace(variant.cuda[spec.name], name=cuda_path(path).stem)
+                finish_cuda_form(export_graph(form, folder, stores[name], variant.opset))
     finally:
         for store in stores.values():
             store.close()
@@ -297,13 +309,12 @@ def _compose(name: str, variant: _Variant, folder: Path) -> GraphSpec:
 
 def written(path: Path, prefix: str, error: float | None) -> dict[str, Any]:
     """What `GraphInfo` says of a graph's file: where it and its weights lie (``prefix`` in the bundle), its error."""
-    initializers = onnx.load(path, load_external_data=False).graph.initializer
-    external = [tensor for tensor in initializers if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    locations = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
-    cpu = cpu_path(path)
+    cpu, cuda = cpu_path(path), cuda_path(path)
+    locations = set().union(*(external_locations(file) for file in (path, cpu, cuda) if file.exists()))
     return {
         "file": prefix + path.name,
         "cpu_file": prefix + cpu.name if cpu.exists() else None,
+        "cuda_file": prefix + cuda.name if cuda.exists() else None,
         "weights": tuple(prefix + location for location in sorted(locations)),
         "max_abs_err": None if error is None else float(np.format_float_positional(error, 3, fractional=False)),
     }

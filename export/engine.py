@@ -6,11 +6,14 @@ rules by which the runtime chooses are in `arinar.runtime.backends.engines`. The
 What to build is planned here, and kept where nothing has changed; each engine is built in a child process, by `builder`.
 
 Networks are strongly typed: an engine computes in the dtypes that its graph was exported with. Shapes are free within
-profiles, which follow from the graph's symbolic axes, the numbers of images, and the schedule of the outer steps.
+profiles, which follow from the graph's symbolic axes, the numbers of images, and the schedule of the outer steps. In a step
+of a masked model many visible tokens mean few hidden ones: it has several profiles, in each of which the two together are
+little more than there are tokens. That bounds the largest tensors, and each is tuned at a shape of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import itertools
@@ -32,7 +35,7 @@ from arinar.runtime.backends.engines import (
     Engine,
     EngineError,
     EngineInfo,
-    Shape,
+    Profile,
     architecture,
     engine_key,
     graph_hash,
@@ -45,9 +48,15 @@ from arinar.schedule import mask_counts
 from arinar.text import install_hint
 
 from .builder import Progress, run_child
+from .sizes import largest_tensor
 
 DEFAULT_BATCH = (1, 8, 64)
 DEFAULT_TIMEOUT = 3600.0
+
+#: Profiles of a masked model's outer step.
+BANDS = 4
+#: Elements that a tensor must have fewer of, in TensorRT.
+MOST_ELEMENTS = 2**31
 
 INSTALL_HINTS = {
     "tensorrt": "`pip install tensorrt --extra-index-url https://pypi.nvidia.com` (NVIDIA's index holds its libraries)",
@@ -95,6 +104,7 @@ def build_engines(
     optimization_level: int | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     version_compatible: bool = False,
+    tf32: bool = True,
     compute_capability: Sequence[str] = (),
     timeout: float = DEFAULT_TIMEOUT,
     rebuild: bool = False,
@@ -117,6 +127,7 @@ def build_engines(
     timing_cache : folder that keeps measurements between builds, a file per library version and GPU.
     version_compatible : engines for later versions of the library too (larger, slower; not with tensorrt_rtx on a
         machine without a GPU).
+    tf32 : let the VAE's decoder, where it is float32, round the factors of its products to 10 bits of mantissa.
     compute_capability : architectures to build for, e.g. ("8.9", "12.0"), where the library can target others than
         this machine's (tensorrt_rtx). () means its default.
     timeout : seconds for one graph.
@@ -141,11 +152,10 @@ def build_engines(
 
     library, gpu = probe(module), describe_gpu()
     targets = check_targets(library, gpu, compute_capability)
-    axes = axis_ranges(config, batch, fewest, num_iter)
+    axes = axis_ranges(config, batch, fewest, num_iter, least_visible(known))
     bundle.verify(sorted({file for name in names for file in (known[name].file, *known[name].weights)}))
     flags = {
         "strongly_typed": True,
-        "tf32": False,
         "workspace": workspace,
         "optimization_level": optimization_level,
         "version_compatible": version_compatible,
@@ -154,6 +164,8 @@ def build_engines(
     cache = None if timing_cache is None else Path(timing_cache) / cache_name(module, library.version, targets)
     existing = {} if rebuild else {engine.path: engine for engine in list_engines(bundle)}
     outcomes: list[Outcome] = []
+    for name in names:
+        check_sizes(bundle.graph_path(known[name]), known[name], axes, batch)
     for number, name in enumerate(names, 1):
         info = EngineInfo(
             graph=name,
@@ -165,7 +177,7 @@ def build_engines(
             opset=known[name].opset,
             batch=batch,
             profiles=profiles(known[name], axes),
-            flags=flags,
+            flags=flags | {"tf32": tf32 and known[name].bears_tf32},
             gpu=gpu.name if gpu else "",
             driver=gpu.driver if gpu else "",
         )
@@ -241,8 +253,11 @@ def unchanged(old: Engine, wanted: EngineInfo) -> bool:
 # -------------------------------------------------------------------------------------------------- profiles
 
 
-def axis_ranges(config: ArinarConfig, batch: Range, min_num_iter: int, num_iter: int) -> dict[str, Range]:
-    """Least, usual and largest size of every symbolic axis of the graphs, but for N, which `profiles` finishes.
+def axis_ranges(
+    config: ArinarConfig, batch: Range, min_num_iter: int, num_iter: int, least_visible: int = 0
+) -> list[dict[str, Range]]:
+    """Least, usual and largest size of every symbolic axis of the graphs, but for N, which `profiles` finishes: by bands of
+    visible tokens, which together admit every step.
 
     V visible, U still hidden, P predicted tokens of a step; B images; G branches; S inner cache; M drawn rows.
     """
@@ -254,19 +269,35 @@ def axis_ranges(config: ArinarConfig, batch: Range, min_num_iter: int, num_iter:
         middle = _counts(length, num_iter)
         most = max(max(_counts(length, steps)) for steps in range(min_num_iter, length + 1))
         predicted = (1, sorted(middle)[len(middle) // 2], most)
-    visible = length // 2
     chunk = max(1, DECODE_PIXELS // config.img_size**2)
-    return {
+    same: dict[str, Range] = {
         "B": batch,
         "G": (1, 2, 2),
-        "V": (0, visible, length - 1),
-        "P": predicted,
-        "U": (0, length - visible - predicted[1], length - 1),
         "S": (config.token_dim,) * 3,
         "M": (low, usual * predicted[1], high * predicted[2]),
         # Decoded a bounded number at a time, the rest of a micro-batch may be a single image.
         "B:vae": (1, min(usual, chunk), min(high, chunk)),
     }
+    return [same | band for band in _bands(length, predicted, least_visible)]
+
+
+def _bands(length: int, predicted: Range, least_visible: int) -> list[dict[str, Range]]:
+    """V, P and U of up to BANDS ranges of visible tokens; in each step the three add up to the number of tokens."""
+    count = min(BANDS, length - least_visible)
+    edges = [least_visible + band * (length - least_visible) // count for band in range(count + 1)]
+    bands: list[dict[str, Range]] = []
+    for first, after in itertools.pairwise(edges):
+        last = after - 1
+        middle, most = (first + last) // 2, min(predicted[2], length - first)
+        usual = min(predicted[1], most, length - middle)
+        hidden = max(0, length - last - most), length - middle - usual, length - first - 1
+        bands.append({"V": (first, middle, last), "P": (1, usual, most), "U": hidden})
+    return bands
+
+
+def least_visible(graphs: Mapping[str, GraphInfo]) -> int:
+    """Fewest visible tokens of an outer step: where there is a graph for first steps, the others see one at least."""
+    return 1 if any(info.phase == "first" for info in graphs.values()) else 0
 
 
 def _counts(seq_len: int, num_iter: int) -> list[int]:
@@ -275,8 +306,35 @@ def _counts(seq_len: int, num_iter: int) -> list[int]:
     return [before - after for before, after in itertools.pairwise(masked)]
 
 
-def profiles(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """Least, usual and largest shape of every input that has a symbolic axis."""
+def profiles(graph: GraphInfo, bands: Sequence[Mapping[str, Range]]) -> tuple[Profile, ...]:
+    """Least, usual and largest shape of every input that has a symbolic axis, for every band in which they differ."""
+    found: list[Profile] = []
+    for axes in bands:
+        profile = _profile(graph, _sizes(graph, axes))
+        if profile and profile not in found:
+            found.append(profile)
+    return tuple(found)
+
+
+def check_sizes(path: Path, graph: GraphInfo, bands: Sequence[Mapping[str, Range]], batch: Range) -> None:
+    """Raise BundleError where a graph makes, at the largest sizes of a profile, a tensor that the library cannot hold."""
+    for axes in bands:
+        sizes = {axis: most for axis, (_, _, most) in _sizes(graph, axes).items()}
+        largest: tuple[str, tuple[int, ...]] = ("", (0,))
+        with contextlib.suppress(ValueError):  # no ONNX file: the library says so
+            largest = largest_tensor(path, sizes)
+        name, shape = largest
+        if (elements := math.prod(shape)) >= MOST_ELEMENTS:
+            fits = max(1, (MOST_ELEMENTS - 1) * batch[2] // elements)
+            raise BundleError(
+                f"graph {graph.name!r} makes of {batch[2]} images a tensor ({name!r}) of {' x '.join(map(str, shape))} = "
+                f"{elements:,} elements; TensorRT takes fewer than 2^31. Build for at most {fits} images: "
+                f"--batch {min(batch[0], fits)}:{min(batch[1], fits)}:{fits}"
+            )
+
+
+def _sizes(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, Range]:
+    """Sizes of a graph's axes: N is another number in each kind of graph."""
     names = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
     sizes = dict(axes)
     if "M" in names:  # both branches of the drawn rows
@@ -287,7 +345,11 @@ def profiles(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, tuple[Sha
         sizes["N"] = _times(axes["G"], axes["P"], axes["B"])
     if graph.convolutional:
         sizes["B"] = axes["B:vae"]
-    found: dict[str, tuple[Shape, Shape, Shape]] = {}
+    return sizes
+
+
+def _profile(graph: GraphInfo, sizes: Mapping[str, Range]) -> Profile:
+    found: Profile = {}
     for tensor in graph.inputs:
         if any(isinstance(axis, str) for axis in tensor.shape):
             low, usual, high = (
@@ -422,8 +484,9 @@ def _build(job: dict[str, Any], info: EngineInfo, path: Path, timeout: float, sa
         return info
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        for folder in (path.parent, path.parent.parent):  # of the key, of all engines
+            with contextlib.suppress(OSError):  # there are others in it
+                folder.rmdir()
 
 
 __all__ = ["DEFAULT_BATCH", "Outcome", "axis_ranges", "build_engines", "describe_gpu", "probe", "profiles"]

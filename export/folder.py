@@ -17,7 +17,7 @@ from pathlib import Path
 
 from arinar.files import check_folder, hidden_name, move, remove, sweep, write_text
 from arinar.runtime.backends.engines import ENGINES
-from arinar.runtime.bundle import MANIFEST_NAME, Bundle, BundleError, GraphInfo, Manifest
+from arinar.runtime.bundle import MANIFEST_NAME, Bundle, BundleError, Defaults, GraphInfo, Manifest
 
 try:
     import fcntl
@@ -31,6 +31,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of a bundle in one step."""
     write_text(folder / MANIFEST_NAME, manifest.to_json())
+
+
+def write_defaults(out: Path, defaults: Defaults, say: Callable[[str], None]) -> None:
+    """Replace what a bundle's images are made with where the caller says nothing. Its graphs and their files stay."""
+    with locked(out, say):
+        write_manifest(out, replace(Bundle.open(out).manifest, defaults=defaults))
 
 
 def check_bundle_folder(out: Path) -> None:
@@ -169,8 +175,8 @@ def _moved(manifest: Manifest, old: str, new: str) -> Manifest:
         return new + file.removeprefix(old) if file.startswith(old) else file
 
     def graph(info: GraphInfo) -> GraphInfo:
-        cpu_file = None if info.cpu_file is None else name(info.cpu_file)
-        return replace(info, file=name(info.file), cpu_file=cpu_file, weights=tuple(map(name, info.weights)))
+        cpu, cuda = (file and name(file) for file in (info.cpu_file, info.cuda_file))
+        return replace(info, file=name(info.file), cpu_file=cpu, cuda_file=cuda, weights=tuple(map(name, info.weights)))
 
     return replace(
         manifest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 
 from arinar.config import ArinarConfig
@@ -13,11 +14,13 @@ from arinar.runtime.labels import MOST_CLASSES
 from arinar.vae import AutoencoderKL
 
 from . import diffusion_head, gmm_head
+from .cuda import MaskedStepCuda
 from .spec import GraphSpec, cache_tensors, tensor
 from .steps import (
     CausalPrefill,
     CausalStep,
     CausalStepInPlace,
+    MaskedFirst,
     MaskedStep,
     TokensToLatents,
     VaeDecoder,
@@ -50,12 +53,28 @@ def graph_specs(
     return {spec.name: spec for spec in found}
 
 
+def cuda_forms(model: Arinar) -> dict[str, GraphSpec]:
+    """The graphs that are traced once more, in the form for ONNX Runtime's CUDA kernels."""
+    if not isinstance(model, MaskedOuter):
+        return {}
+    return {"outer_step": replace(_masked_outer(model)[-1], module=MaskedStepCuda(model))}
+
+
 def _masked_outer(outer: MaskedOuter) -> list[GraphSpec]:
     config = outer.config
     length = config.seq_len
     middle = length // 2
     positions = ("visible_positions", "target_positions", "hidden_positions")
     return [
+        GraphSpec(
+            "outer_first",
+            MaskedFirst(outer),
+            (tensor("labels", (1,), "int64"), *_mixed(1)),
+            (tensor("z", (length, config.z_width)),),
+            _classes(config),
+            ({}, {}, {}),
+            phase="first",
+        ),
         GraphSpec(
             "outer_step",
             MaskedStep(outer),
@@ -74,11 +93,11 @@ def _masked_outer(outer: MaskedOuter) -> list[GraphSpec]:
                 {"V": middle, "B": 3, "P": 1, "U": length - middle - 1, "G": 2},
             ),
             phase="outer",
-        )
+        ),
     ]
 
 
-def _mixed(*axes: str) -> tuple[TensorInfo, ...]:
+def _mixed(*axes: int | str) -> tuple[TensorInfo, ...]:
     """Further classes of an image, and their weights."""
     shape: tuple[int | str, ...] = (MOST_CLASSES - 1, *axes)
     return tensor("mixed_labels", shape, "int64"), tensor("mixed_weights", shape)

@@ -25,6 +25,18 @@ def remove_unused(model: ModelProto) -> None:
     model.graph.initializer.extend(initializers)
 
 
+def blank_unread_outputs(model: ModelProto) -> None:
+    """Take the names from outputs of a node that nobody reads, and with them the values: all but its first are optional."""
+    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        for place, name in enumerate(node.output):
+            if place and name not in read:
+                node.output[place] = ""
+    made = {name for node in model.graph.node for name in node.output}
+    for value in [value for value in model.graph.value_info if value.name not in made]:
+        model.graph.value_info.remove(value)
+
+
 def split_products(model: ModelProto) -> dict[str, list[str]]:
     """One product for each part of a product that is only made to be split: queries, keys and values of one layer.
 

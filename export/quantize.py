@@ -23,10 +23,10 @@ from arinar.model import Arinar
 from arinar.reading import read_json
 from arinar.runtime.backends.products import keep_products_exact
 from arinar.runtime.bundle import Bundle, BundleError, GraphInfo, Manifest, file_info
-from arinar.runtime.values import entry, items, mapping, number, text
 from arinar.schemes import QUANTIZED, SCHEMES
 from arinar.text import printable, shown
 from arinar.vae import AutoencoderKL
+from arinar.values import entry, items, mapping, number, text
 
 from .bundle import WEIGHTS_NAME, weights_sha256, written
 from .cpu import cpu_path, write_cpu_form
@@ -199,7 +199,8 @@ def quantize_bundle(
         made = _write(opened, graphs, plans, target, say)
         files = {path.relative_to(scratch).as_posix(): file_info(path) for path in sorted(target.iterdir())}
         prefix = f"graphs/{variant}/"
-        entries = dict(infos)  # what has no layers is shared with fp32
+        # What has no layers is shared with fp32; first steps are computed by the quantised step itself.
+        entries = {name: info for name, info in infos.items() if info.phase != "first"}
         for key, error in _validate(opened, made, target).items():
             say(f"checked {key}: largest difference from fp32 {error:.2g}")
             entries[key] = replace(infos[key], **written(made[key], prefix, error))

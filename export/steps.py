@@ -9,7 +9,9 @@ now, U still hidden (V + P + U = L), D features, C outer width, W inner width, K
 the heads are in files of their own (`arinar.export.gmm_head`, `arinar.export.diffusion_head`).
 
 Half precision is written here, not left to a converter: weights and GEMMs run in the module's dtype, while norms,
-softmax, the mixture head and everything after it stay in float32.
+softmax, the mixture head and everything after it stay in float32. The casts around norms and softmax cost TensorRT nothing: it
+fuses them with what stands beside them, and attention into one kernel, whose first product then sums in float32 (without
+them in float16; read in engines of TensorRT-RTX, docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = [
     "CausalPrefill",
     "CausalStep",
     "CausalStepInPlace",
+    "MaskedFirst",
     "MaskedStep",
     "TokensToLatents",
     "VaeDecoder",
@@ -160,14 +163,13 @@ def head_scale(attn: Attention) -> float:
     return float((attn.proj.in_features // attn.heads) ** -0.5)
 
 
-class MaskedStep(nn.Module):
-    """Outer step of a masked model: z at the positions to predict, and at those only.
+class MaskedNetwork(nn.Module):
+    """What the steps of a masked model share: tables by position, encoder, decoder.
 
     Exact savings over the full network: hidden positions enter the decoder as rows of one constant table, and so do
     their queries, keys and values in its first block; positions come in any order (attention does not care), so nothing
-    is scattered; the last decoder block computes queries, projection and MLP for the predicted positions alone;
-    visible tokens are embedded once for both branches. Linear layers see matrices (N * S, C), whose bias is part of
-    the product.
+    is scattered; the last decoder block computes queries, projection and MLP for the predicted positions alone. Linear
+    layers see matrices (N * S, C), whose bias is part of the product.
     """
 
     class_table: Tensor
@@ -199,53 +201,29 @@ class MaskedStep(nn.Module):
             table = F.linear(layer_norm(unknown, first.norm1), weight, bias)  # (L, 3C)
             self.register_buffer("unknown_qkv", table.to(decoder_pos.dtype).detach())
 
-    def forward(
-        self,
-        visible_tokens: Tensor,
-        visible_positions: Tensor,
-        target_positions: Tensor,
-        hidden_positions: Tensor,
-        labels: Tensor,
-        mixed_labels: Tensor | None = None,
-        mixed_weights: Tensor | None = None,
-    ) -> Tensor:
-        """visible_tokens (V, B, D), the positions (V|P|U, B) int64, labels (G, B) int64 with -1 = unconditional, further
-        classes of an image and their weights (M, G, B) -> z (G * P * B, C) float32, conditional rows first."""
-        outer, buffer = self.outer, self.buffer
-        branches, batch = labels.shape
-        predicted = target_positions.shape[0]
+    def prefix(self, classes: Tensor) -> Tensor:
+        """Class vectors (N, C) -> what comes before the tokens (N, buffer, C)."""
+        return layer_norm(classes[:, None] + self.encoder_pos_buffer, self.outer.z_proj_ln)
 
-        x = outer.z_proj(visible_tokens.to(self.encoder_pos.dtype)) + F.embedding(visible_positions, self.encoder_pos)
-        x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)  # (GB, V, C)
-        prefix = class_vectors(self.class_table, labels, mixed_labels, mixed_weights).flatten(0, 1)  # (GB, C)
-        prefix = layer_norm(prefix[:, None] + self.encoder_pos_buffer, outer.z_proj_ln)  # (GB, buffer, C)
-        x = torch.cat([prefix, x], 1)  # (GB, buffer + V, C)
-        for block in outer.encoder_blocks:
+    def encode(self, x: Tensor) -> Tensor:
+        """(N, buffer + V, C) -> the same, as the decoder takes it."""
+        for block in self.outer.encoder_blocks:
             x = self.block(block, x)
-        x = rows_linear(layer_norm(x, outer.encoder_norm), outer.decoder_embed)
+        return rows_linear(layer_norm(x, self.outer.encoder_norm), self.outer.decoder_embed)
 
-        unknown = torch.cat([target_positions, hidden_positions])  # (P + U, B)
-        visible_pos = self.per_branch(F.embedding(visible_positions, self.decoder_pos), branches, batch)
-        known = torch.cat([x[:, :buffer] + self.decoder_pos_buffer, x[:, buffer:] + visible_pos], 1)
-        hidden = self.per_branch(F.embedding(unknown, self.unknown_table), branches, batch)
-        x = torch.cat([hidden, known], 1)  # (GB, S, C), targets first
-        for index, block in enumerate(outer.decoder_blocks[:-1]):
+    def decode(self, rows_of: Callable[[Tensor], Tensor], known: Tensor, predicted: int) -> Tensor:
+        """known (N, buffer + V, C); ``rows_of``: a table by position -> its rows of hidden positions (N, P + U, ...), those to
+        predict first -> (N, P, C)."""
+        blocks = self.outer.decoder_blocks
+        x = torch.cat([rows_of(self.unknown_table), known], 1)  # (N, S, C)
+        for index, block in enumerate(blocks[:-1]):
             assert isinstance(block, Block)
             qkv = None
             if index == 0:
-                table = self.per_branch(F.embedding(unknown, self.unknown_qkv), branches, batch)
                 rest = rows_linear(layer_norm(known, block.norm1), block.attn.qkv)
-                qkv = torch.cat([table, rest], 1)  # (GB, S, 3C)
+                qkv = torch.cat([rows_of(self.unknown_qkv), rest], 1)  # (N, S, 3C)
             x = self.block(block, x, qkv)
-        x = self.last_block(outer.decoder_blocks[-1], x, predicted)  # (GB, P, C)
-        z = layer_norm(x, outer.decoder_norm)
-        z = z.unflatten(0, (branches, batch)).transpose(1, 2)  # (G, P, B, C)
-        out: Tensor = wide((z + F.embedding(target_positions, self.target_pos)).flatten(0, 2))
-        return out
-
-    def per_branch(self, x: Tensor, branches: int, batch: int) -> Tensor:
-        """(S, B, C) -> (G * B, S, C)."""
-        return x.transpose(0, 1)[None].expand(branches, -1, -1, -1).flatten(0, 1)
+        return layer_norm(self.last_block(blocks[-1], x, predicted), self.outer.decoder_norm)
 
     def block(self, block: nn.Module, x: Tensor, qkv: Tensor | None = None) -> Tensor:
         """(N, S, C) -> (N, S, C); ``qkv`` (N, S, 3C) where it is known already."""
@@ -270,6 +248,63 @@ class MaskedStep(nn.Module):
         x = x + rows_linear(attended.transpose(1, 2).flatten(2), block.attn.proj)
         hidden = F.gelu(rows_linear(layer_norm(x, block.norm2), block.mlp.fc1))
         return x + rows_linear(hidden, block.mlp.fc2)
+
+
+class MaskedStep(MaskedNetwork):
+    """Outer step of a masked model: z at the positions to predict, and at those only. Visible tokens are embedded once for
+    both branches."""
+
+    def forward(
+        self,
+        visible_tokens: Tensor,
+        visible_positions: Tensor,
+        target_positions: Tensor,
+        hidden_positions: Tensor,
+        labels: Tensor,
+        mixed_labels: Tensor | None = None,
+        mixed_weights: Tensor | None = None,
+    ) -> Tensor:
+        """visible_tokens (V, B, D), the positions (V|P|U, B) int64, labels (G, B) int64 with -1 = unconditional, further
+        classes of an image and their weights (M, G, B) -> z (G * P * B, C) float32, conditional rows first."""
+        outer, buffer = self.outer, self.buffer
+        branches, batch = labels.shape
+        predicted = target_positions.shape[0]
+
+        x = outer.z_proj(visible_tokens.to(self.encoder_pos.dtype)) + F.embedding(visible_positions, self.encoder_pos)
+        x = self.per_branch(layer_norm(x, outer.z_proj_ln), branches, batch)  # (GB, V, C)
+        prefix = self.prefix(class_vectors(self.class_table, labels, mixed_labels, mixed_weights).flatten(0, 1))
+        x = self.encode(torch.cat([prefix, x], 1))  # (GB, buffer + V, C)
+
+        unknown = torch.cat([target_positions, hidden_positions])  # (P + U, B)
+        visible_pos = self.per_branch(F.embedding(visible_positions, self.decoder_pos), branches, batch)
+        known = torch.cat([x[:, :buffer] + self.decoder_pos_buffer, x[:, buffer:] + visible_pos], 1)
+
+        def rows_of(table: Tensor) -> Tensor:
+            return self.per_branch(F.embedding(unknown, table), branches, batch)
+
+        z = self.decode(rows_of, known, predicted)  # (GB, P, C)
+        z = z.unflatten(0, (branches, batch)).transpose(1, 2)  # (G, P, B, C)
+        out: Tensor = wide((z + F.embedding(target_positions, self.target_pos)).flatten(0, 2))
+        return out
+
+    def per_branch(self, x: Tensor, branches: int, batch: int) -> Tensor:
+        """(S, B, C) -> (G * B, S, C)."""
+        return x.transpose(0, 1)[None].expand(branches, -1, -1, -1).flatten(0, 1)
+
+
+class MaskedFirst(MaskedNetwork):
+    """First outer step of a masked model, in which nothing is visible: z of all positions, by class alone.
+
+    A graph of its own, as GPUs' libraries had better see no tensors without elements.
+    """
+
+    def forward(self, labels: Tensor, mixed_labels: Tensor | None = None, mixed_weights: Tensor | None = None) -> Tensor:
+        """labels (1,) int64 with -1 = unconditional, further classes and their weights (M, 1) -> z (L, C) float32."""
+        prefix = self.prefix(class_vectors(self.class_table, labels, mixed_labels, mixed_weights))
+        known = self.encode(prefix) + self.decoder_pos_buffer
+        z = self.decode(lambda table: table[None], known, len(self.target_pos))
+        out: Tensor = wide(z[0] + self.target_pos)
+        return out
 
 
 def rows_linear(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -14,8 +14,8 @@ from arinar.reading import read_json
 from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import MOST_AT_A_TIME, with_sampling_steps
-from arinar.runtime.values import entry, integer, items, mapping, number, text
 from arinar.schemes import SCHEMES
+from arinar.values import entry, integer, items, mapping, number, text
 
 from .cost import Cost, image_cost
 from .peaks import copy_bandwidth, gemm_peak, onnxruntime_peak
@@ -72,7 +72,7 @@ def bench(
     memory = peak_memory()  # before the peaks are measured, which takes memory too
     scheme = manifest.scheme(pipeline.precision)
     peaks: dict[str, float] = {}
-    if threads is not None:  # on the CPU
+    if threads is not None and not SCHEMES[scheme].runs:  # on the CPU, in what ONNX Runtime computes in
         say("what the machine can do: matrix products, copying memory")
         peaks = machine_peaks(scheme, threads)
     results = []

@@ -127,11 +127,12 @@ def line_plot(
     limits: Mapping[str, float] | None = None,
     colors: Sequence[str] = COLORS,
     beside: Mapping[str, Sequence[float]] | None = None,
+    ticks: Sequence[str] | None = None,
 ) -> str:
     """Curves over 0, 1, 2, ... as a figure; values of 0 and below sit on the axis' floor.
 
     ``top`` fixes the end of a linear axis. ``limits``: dashed lines, by name, which a logarithmic axis reaches to show.
-    ``beside``: of some series, by name, a curve to compare with, dotted in its colour.
+    ``beside``: of some series, by name, a curve to compare with, dotted in its colour. ``ticks``: what the places are called.
     """
     beside = beside or {}
     values = [value for curve in (*series.values(), *beside.values()) for value in curve if math.isfinite(value)]
@@ -141,7 +142,7 @@ def line_plot(
     scale = log_scale([*positive, *limits.values()]) if log else linear_scale(top or max([*values, 0.0]))
     count = max(len(curve) for curve in series.values())
     across = [LEFT + INNER_WIDTH * (i / (count - 1) if count > 1 else 0.5) for i in range(count)]
-    body = [_axes(x_label, y_label, scale), *_x_ticks(across)]
+    body = [_axes(x_label, y_label, scale), *_x_ticks(across, ticks)]
     for name, value in limits.items():
         y = scale.y(value)
         body.append(line(LEFT, y, WIDTH - RIGHT, y, GREY, dashes="6 4"))
@@ -232,8 +233,8 @@ def _axes(x_label: str, y_label: str, scale: Scale | None, right: int = WIDTH - 
     return "".join(drawn)
 
 
-def _x_ticks(places: Sequence[float]) -> list[str]:
-    return [label(places[i], FLOOR + 16, i, "middle") for i in _chosen(len(places))]
+def _x_ticks(places: Sequence[float], names: Sequence[str] | None = None) -> list[str]:
+    return [label(places[i], FLOOR + 16, i if names is None else names[i], "middle") for i in _chosen(len(places))]
 
 
 def _plot(title: str, body: Sequence[str], names: Sequence[str], colors: Sequence[str] = COLORS, extra: str = "") -> str:

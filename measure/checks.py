@@ -87,6 +87,7 @@ _DEMO_8 = f"{_DEMO}; other weights bear 8 bits otherwise: there the mean kl and 
 ORIGINS = {
     "fp32": "set by what float32's rounding leaves on trained weights, the demo models' among them",
     "fp16": f"{_DEMO} for GPUs and deeper models",
+    "bf16": f"{_DEMO} for deeper models",
     "int8": _DEMO_8,
     "int8-static": _DEMO_8,
     "fp8": _DEMO_8,
@@ -112,6 +113,8 @@ THRESHOLDS = {
         psnr=25.0,
         paired_ratio=math.inf,
     ),
+    # Measured in OpenVINO on the demo models: see docs/openvino.md.
+    "bf16": QUANTIZED,
     "int8": QUANTIZED,
     "int8-static": QUANTIZED,
     "fp8": replace(

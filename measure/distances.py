@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,51 @@ def mmd_test(
     values = (table * (kernel @ table)).sum(0)
     above = int((values[1:] >= values[0] - 1e-12).sum())
     return float(values[0]), (1 + above) / (1 + permutations)
+
+
+def kernel_distance(a: Array, b: Array, *, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:
+    """KID of two sets of features (N, F) and (M, F): mean and standard deviation over random subsets of ``size`` of each.
+
+    Unbiased estimate with the kernel (x.y / F + 1)^3 (Binkowski et al., arXiv 1801.01401); the subsets are torch-fidelity's.
+    """
+    rng = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        x, y = (set_[rng.choice(len(set_), size, replace=False)].astype(np.float64) for set_ in (a, b))
+        xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        within = sum(float(table.sum() - np.trace(table)) for table in (xx, yy)) / (size * (size - 1))
+        values.append(within - 2 * float(xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def precision_and_recall(made: Array, real: Array, *, neighbours: int = 3) -> tuple[float, float]:
+    """Of features (N, F) and (M, F): the share of ``made`` within the real set's manifold, and the reverse.
+
+    A manifold is the union of balls about its points that reach to each one's k-th neighbour (Kynkaanniemi et al., arXiv
+    1904.06991).
+    """
+    reach = [_reach(points, neighbours) for points in (made, real)]
+    return _covered(made, real, reach[1]), _covered(real, made, reach[0])
+
+
+def _reach(points: Array, neighbours: int) -> Array:
+    """(N,): squared distance of each to its k-th neighbour."""
+    # (The nearest is the point itself.)
+    return np.concatenate([np.partition(table, neighbours, 1)[:, neighbours] for table in _squared_distances(points, points)])
+
+
+def _covered(points: Array, centres: Array, reach: Array) -> float:
+    """The share of points that lie in a ball."""
+    return sum(int((table <= reach).any(1).sum()) for table in _squared_distances(points, centres)) / len(points)
+
+
+def _squared_distances(a: Array, b: Array, block: int = 1024) -> Iterator[Array]:
+    """Tables (<= block, M) of |a - b|^2."""
+    b = b.astype(np.float64)
+    norms = np.square(b).sum(1)
+    for start in range(0, len(a), block):
+        some = a[start : start + block].astype(np.float64)
+        yield np.maximum(np.square(some).sum(1)[:, None] + norms - 2 * some @ b.T, 0)
 
 
 def psnr(have: Array, want: Array) -> Array:

@@ -1,13 +1,16 @@
 """What images are compared by: features (N, F) of images (N, H, W, 3) uint8, statistics of a reference set, a classifier.
 
-Features are pluggable: any callable images -> (N, F). Built in is one that needs no download; statistics (``mu``,
-``sigma`` in an .npz, as torch-fidelity and pytorch-fid keep them) can be given, made with the same features.
+Features are pluggable: any callable images -> (N, F), or that and logits of classes (N, C). Built in is one that needs
+no download; statistics (``mu``, ``sigma`` in an .npz, as torch-fidelity and pytorch-fid keep them) can be given, made with
+the same features.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import PRESETS, ArinarConfig
-from arinar.reading import read_npz
+from arinar.files import temporary_folder
+from arinar.reading import check_regular, read_npz
+from arinar.text import install_hint, one_line
 
 Array = npt.NDArray[Any]
-Features = Callable[[Array], Array]
+Features = Callable[[Array], Any]
 
 #: Bytes of a file of statistics: of 8,192 features, in double precision.
 MAX_STATS = 1 << 29
+#: What torch-fidelity's InceptionV3 takes.
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth, of torch-fidelity's release v0.2.0"
 BUILTIN_WIDTH, _SIDE, _CELLS, _ANGLES = 32, 32, 4, 8
 
 
@@ -43,16 +50,18 @@ def open_measure(features: str | Features, stats: Path | None, config: ArinarCon
     extract = feature_extractor(features, config)
     name = features if isinstance(features, str) else getattr(features, "__name__", "custom")
     try:
-        found = extract(np.zeros((2, config.img_size, config.img_size, 3), np.uint8))
+        found, _ = features_and_logits(extract(np.zeros((2, config.img_size, config.img_size, 3), np.uint8)))
     except Exception as error:  # somebody else's code
         raise ValueError(f"the feature extractor {name} fails on black images: {type(error).__name__}: {error}") from error
     width = check_features(found, 2, name).shape[1]
-    return Measure(name, extract, None if stats is None else read_stats(stats, width))
+    return Measure(
+        name, lambda images: features_and_logits(extract(images))[0], None if stats is None else read_stats(stats, width)
+    )
 
 
-def is_digits(config: ArinarConfig) -> bool:
+def is_digits(config: ArinarConfig | None) -> bool:
     digits = PRESETS["digits"]
-    return (config.img_size, config.num_classes, config.class_names) == (
+    return config is not None and (config.img_size, config.num_classes, config.class_names) == (
         digits.img_size,
         digits.num_classes,
         digits.class_names,
@@ -68,8 +77,16 @@ def right_answers(images: Array, labels: Sequence[int], config: ArinarConfig) ->
     return np.asarray(classify(images) == np.asarray(labels))
 
 
-def feature_extractor(features: str | Features, config: ArinarConfig) -> Features:
+def features_and_logits(found: Any) -> tuple[Any, Any]:
+    """What an extractor gave: features, or a pair of features and logits of classes -> both, or None for the second."""
+    return (found[0], np.asarray(found[1])) if isinstance(found, tuple) and len(found) == 2 else (found, None)
+
+
+def feature_extractor(features: str | Features, config: ArinarConfig | None, weights: Path | None = None) -> Features:
     """By name: "builtin", "inception" (torch-fidelity's InceptionV3, 2048 wide, where installed), or "module:function".
+
+    config : of the model that made the images, None where that is not known: the digits have built-in features of their own.
+    weights : of "inception", torch-fidelity's file; None: torch-fidelity fetches it.
 
     Raises ValueError for anything else, or where the package is missing.
     """
@@ -78,7 +95,7 @@ def feature_extractor(features: str | Features, config: ArinarConfig) -> Feature
     if features == "builtin":
         return builtin_features(config)
     if features == "inception":
-        return _inception()
+        return _inception(weights)
     module, _, name = features.partition(":")
     if not module or not name:
         raise ValueError(f"features is {features!r}; choose builtin, inception, or your own as module:function")
@@ -93,7 +110,7 @@ def feature_extractor(features: str | Features, config: ArinarConfig) -> Feature
     return found
 
 
-def builtin_features(config: ArinarConfig) -> Features:
+def builtin_features(config: ArinarConfig | None) -> Features:
     """A fixed, documented extractor, ``BUILTIN_WIDTH`` features wide.
 
     Grey values averaged to 8x8 (64), colour to 4x4 (48), gradient magnitude by signed direction (8 sectors) in 4x4 cells
@@ -137,23 +154,57 @@ def _averaged(x: Array, side: int) -> Array:
     return np.asarray(x.reshape(len(x), side, block, side, block, -1).mean((2, 4)))
 
 
-def _inception() -> Features:
+def _inception(weights: Path | None) -> Features:
     try:
         import torch
-        from torch_fidelity.utils import create_feature_extractor  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ValueError("features inception needs the package torch-fidelity: pip install torch-fidelity") from error
-    network = create_feature_extractor("inception-v3-compat", ["2048"], cuda=torch.cuda.is_available(), verbose=False)
+        from torch_fidelity.utils import create_feature_extractor
+    except Exception as error:  # a torchvision that does not fit to PyTorch raises what it likes
+        raise ValueError(
+            f"features inception needs torch-fidelity, with a torchvision that fits to PyTorch: {install_hint('evaluate')} "
+            f"installs them ({error})"
+        ) from error
+    cuda = torch.cuda.is_available()
+    layers, name = ["2048", "logits_unbiased"], "inception-v3-compat"
+    if weights is None:
+        network = create_feature_extractor(name, layers, cuda=cuda, verbose=False)
+    else:
+        with _plain_weights(weights) as file:
+            try:
+                network = create_feature_extractor(name, layers, cuda, feature_extractor_weights_path=str(file), verbose=False)
+            except (RuntimeError, KeyError) as error:  # other names, other shapes
+                raise ValueError(
+                    f"{weights} does not fit to torch-fidelity's InceptionV3 ({one_line(error)[:200]}); expected {INCEPTION}"
+                ) from None
 
-    def extract(images: Array) -> Array:
+    def extract(images: Array) -> tuple[Array, Array]:
         found = []
         for first in range(0, len(images), 32):
             batch = torch.from_numpy(images[first : first + 32]).permute(0, 3, 1, 2)
             with torch.no_grad():
-                found.append(network(batch.to(next(network.parameters()).device))[0].float().cpu().numpy())
-        return np.concatenate(found)
+                found.append([part.float().cpu().numpy() for part in network(batch.to("cuda" if cuda else "cpu"))])
+        features, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return features, logits
 
     return extract
+
+
+@contextmanager
+def _plain_weights(path: Path) -> Iterator[Path]:
+    """The tensors of a file that torch.save wrote, in a file of our own: torch-fidelity would run what is pickled in it."""
+    import torch
+
+    from arinar.torch_files import read_torch_stream, read_torch_zip, state_of
+
+    try:
+        check_regular(path)
+        state = state_of((read_torch_zip if zipfile.is_zipfile(path) else read_torch_stream)(path))
+        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError("it holds other things than weights by name")
+    except Exception as error:  # of a damaged file, nearly anything
+        raise ValueError(f"{path} cannot be read as weights ({one_line(error)[:200]}); expected {INCEPTION}") from error
+    with temporary_folder("arinar-weights") as folder:
+        torch.save({name: tensor.clone() for name, tensor in state.items()}, folder / "weights.pth")
+        yield folder / "weights.pth"
 
 
 def check_features(values: Any, count: int, name: str) -> Array:

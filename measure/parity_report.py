@@ -40,6 +40,22 @@ TITLES = {
         "distance between two PyTorch runs with different seeds (the yardstick): a right model is at about 1.",
     ),
 }
+#: What a pass of each level shows, and what it does not.
+SHOWS = {
+    "graph": "A pass shows that every graph computes what its module does; not that they are put together rightly.",
+    "teacher-forced": (
+        "A pass shows that at every step of a real run z and the law of every draw are PyTorch's; not what becomes of errors "
+        "that add up."
+    ),
+    "free-running": (
+        "A pass shows that these labels and this seed give the same pictures; not other labels and seeds, nor whether the "
+        "pictures are good."
+    ),
+    "distribution": (
+        "A pass shows that the deployed images follow the same law as far as so many images and these features tell; not "
+        "rare faults, nor what the features do not see."
+    ),
+}
 # Names of checks in full; others are shown as they are.
 CHECKS = {
     "kl": "KL divergence: worst draw",
@@ -98,7 +114,7 @@ def render(report: ParityReport, title: str | None = None) -> str:
             asked = level != "distribution" or any(note.startswith("level 4") for note in report.notes)
             parts.append(f"<p>Not run{'' if asked else ' (<code>arinar parity --distribution N</code> runs it)'}.</p>")
             continue
-        parts.append(f"<p>{escaped(why)}</p>{_checks(checks, report)}")
+        parts.append(f"<p>{escaped(why)} {escaped(SHOWS[level])}</p>{_checks(checks, report)}")
         if level == "teacher-forced":
             parts.append(_teacher_forced_plots(report))
         if level == "free-running":

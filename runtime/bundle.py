@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arinar.config import MAX_TOKENS, ArinarConfig, VaeConfig
-from arinar.reading import MAX_JSON, parse_json
+from arinar.reading import parse_json, read_json
 from arinar.schedule import check_cfg_schedule
 from arinar.schemes import SCHEMES
 from arinar.text import shown
+from arinar.values import MOST_BYTES, conforming, entry, integer, items, mapping, number, text, truth
 
-from .values import MOST_BYTES, conforming, entry, integer, items, mapping, number, text, truth
 from .wire import external_locations
 
 #: What is written, and what is read: 1 is what arinar 0.1 wrote.
@@ -28,8 +28,8 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 
-#: When a graph runs: for every outer step; for every token; once the tokens are made; to read an image in.
-PHASES = ("outer", "head", "decode", "encode")
+#: When a graph runs: once per class; for every outer step; for every token; once the tokens are made; to read an image in.
+PHASES = ("first", "outer", "head", "decode", "encode")
 #: Whether a graph ends in a draw: not at all, one number, or one after another until the token is whole.
 DRAWS = ("none", "one", "chain")
 #: NumPy's names of the types that graphs' tensors have.
@@ -83,14 +83,20 @@ class GraphKind:
         """Whether it is the autoencoder's."""
         return self.phase in ("decode", "encode") and not self.small
 
+    @property
+    def bears_tf32(self) -> bool:
+        """Whether float32 products with factors of 10 bits of mantissa do: what makes pixels, which they change by a grey
+        level (docs/gpu.md)."""
+        return self.phase == "decode" and self.convolutional
+
 
 @dataclass(frozen=True)
 class GraphInfo(GraphKind):
     """One ONNX graph: its file (relative to the bundle), opset, inputs, outputs, the files with its weights, what it is.
 
-    ``cpu_file`` is the same graph, from the same weights, in the form that ONNX Runtime's CPU kernels run fastest,
-    where that is another one. ``phase`` is one of PHASES, ``draws`` one of DRAWS. ``small``: it is made of small
-    operations (thousands, or trivial ones), for which sharing each out over threads costs more than the operation.
+    ``cpu_file`` and ``cuda_file`` are the same graph, from the same weights, in the forms that ONNX Runtime's CPU and CUDA
+    kernels run fastest, where those are others. ``phase`` is one of PHASES, ``draws`` one of DRAWS. ``small``: it is made of
+    small operations (thousands, or trivial ones), for which sharing each out over threads costs more than the operation.
     """
 
     name: str
@@ -105,6 +111,7 @@ class GraphInfo(GraphKind):
     # Largest error against the step module when it was exported, measured in ONNX Runtime on the CPU.
     max_abs_err: float | None = None
     cpu_file: str | None = None
+    cuda_file: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("phase", self.phase, PHASES), ("draws", self.draws, DRAWS)):
@@ -119,7 +126,7 @@ class GraphInfo(GraphKind):
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that the graph needs, in any form."""
-        return (self.file, *([self.cpu_file] if self.cpu_file else []), *self.weights)
+        return (self.file, *filter(None, (self.cpu_file, self.cuda_file)), *self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -134,6 +141,7 @@ class GraphInfo(GraphKind):
             "weights": list(self.weights),
             "max_abs_err": self.max_abs_err,
             "cpu_file": self.cpu_file,
+            "cuda_file": self.cuda_file,
         }
 
     @classmethod
@@ -147,7 +155,11 @@ class GraphInfo(GraphKind):
             found = items(f"{where}.{key}", of(key))
             return tuple(TensorInfo.from_dict(item, f"{where}.{key}[{place}]") for place, item in enumerate(found))
 
-        error, cpu_file = mapping(where, data).get("max_abs_err"), mapping(where, data).get("cpu_file")
+        def form(key: str) -> str | None:
+            file = mapping(where, data).get(key)
+            return None if file is None else text(f"{where}.{key}", file)
+
+        error = mapping(where, data).get("max_abs_err")
         return cls(
             name=text(f"{where}.name", of("name")),
             file=text(f"{where}.file", of("file")),
@@ -159,7 +171,8 @@ class GraphInfo(GraphKind):
             small=truth(f"{where}.small", of("small")),
             weights=tuple(text(f"{where}.weights", item) for item in items(f"{where}.weights", of("weights"))),
             max_abs_err=None if error is None else number(f"{where}.max_abs_err", error, 0),
-            cpu_file=None if cpu_file is None else text(f"{where}.cpu_file", cpu_file),
+            cpu_file=form("cpu_file"),
+            cuda_file=form("cuda_file"),
         )
 
 
@@ -225,7 +238,14 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def __repr__(self) -> str:
+        config, side = self.config, self.config.img_size
+        return f"Manifest({config.outer} {config.head} model of {side} x {side}, {', '.join(self.graphs)})"
+
     def precision_graphs(self, precision: str) -> dict[str, GraphInfo]:
+        """By name. Raises BundleError for a variant that the bundle has not."""
+        if precision in SCHEMES and SCHEMES[precision].runs:
+            return self.precision_graphs(SCHEMES[precision].runs)
         if precision not in self.graphs:
             known = precision in SCHEMES
             add = f"`arinar export CHECKPOINT --precision {precision} -o BUNDLE` adds them" if known else "choose one of those"
@@ -258,9 +278,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises BundleError for what is not a manifest, or one of an unknown format version."""
+        """`from_dict`, of a JSON text."""
         try:
             data = parse_json(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Manifest:
+        """Raises BundleError for what is not a manifest, or one of an unknown format version."""
+        try:
             version = entry("it", data, "format_version")
         except ValueError as error:
             raise BundleError(f"{MANIFEST_NAME} is not a bundle's manifest ({error}); export the model again") from error
@@ -379,14 +407,28 @@ class Bundle:
             what = what if folder.exists() else "does not exist"
             raise BundleError(f"{folder} is not a bundle: it {what}. `arinar export CHECKPOINT -o {folder}` makes one")
         try:
-            if (size := file.stat().st_size) > MAX_JSON:
-                raise BundleError(f"{file} has {size:,} bytes; expected at most {MAX_JSON:,}: export the model again")
-            text = file.read_text(encoding="utf-8")
+            data = read_json(file)
         except UnicodeDecodeError as error:
             raise BundleError(f"{file} is not text; export the model again") from error
-        bundle = cls(folder, Manifest.from_json(text))
+        except ValueError as error:
+            raise BundleError(f"{file} is not a bundle's manifest ({error}); export the model again") from error
+        bundle = cls(folder, Manifest.from_dict(data))
         bundle.path(MANIFEST_NAME)
         return bundle
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The variants that it holds, by name: what `Pipeline.load` takes as ``precision``."""
+        return tuple(self.manifest.graphs)
+
+    def size(self, precision: str | None = None) -> int:
+        """Bytes of the files that the manifest lists: all, or those of a precision's graphs. Engines are not among them."""
+        graphs = self.manifest.precision_graphs(precision).values() if precision else ()
+        names = {file for graph in graphs for file in graph.files} if precision else self.manifest.files
+        return sum(self.manifest.files[name].size for name in names)
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.folder)!r}, {', '.join(self.precisions)}, {self.size() / 1e6:.1f} MB)"
 
     def path(self, name: str) -> Path:
         """Absolute path of a file of the bundle, checked to lie inside it."""
@@ -400,13 +442,13 @@ class Bundle:
             raise BundleError(f"{name!r} leads out of the bundle {self.folder}; do not trust it")
         return path
 
-    def graph_path(self, graph: GraphInfo, cpu: bool = False) -> Path:
-        """Absolute path of a graph's file (``cpu``: in the form for ONNX Runtime's CPU kernels, where it has one), for a
-        program that is to read it, which follows what the file says of where weights lie.
+    def graph_path(self, graph: GraphInfo, form: str | None = None) -> Path:
+        """Absolute path of a graph's file (``form``: "cpu" or "cuda", the one for those kernels of ONNX Runtime, where it has
+        one), for a program that is to read it, which follows what the file says of where weights lie.
 
         Raises BundleError where that is not among the graph's ``weights``, or is no plain file of this folder's own.
         """
-        name = graph.cpu_file if cpu and graph.cpu_file else graph.file
+        name = {"cpu": graph.cpu_file, "cuda": graph.cuda_file}.get(form or "") or graph.file
         path = self.path(name)
         if path.suffix != ".onnx":  # ONNX Runtime tells other formats by their names
             raise BundleError(f"graph {graph.name!r} is the file {name!r}; expected *.onnx: export the model again")

@@ -6,6 +6,7 @@ Pixels are (B, H, W, 3) uint8, H = W = the model's side. A mask is True where a 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,9 @@ from PIL import Image, ImageOps
 
 from arinar.config import ArinarConfig
 from arinar.text import shown
+from arinar.values import is_whole
 
 from .images import MOST_PIXELS, check_size
-from .values import is_whole
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -88,6 +89,17 @@ def as_mask(mask: Any, side: int) -> Mask:
             f"mask is {mask.dtype} {mask.shape}; expected bool ({side}, {side}) or (B, {side}, {side}), True = generate anew"
         )
     return mask if mask.ndim == 3 else mask[None]
+
+
+def about_edit(pixels: Pixels, mask: Mask, grow: int, paste: bool) -> dict[str, Any]:
+    """What an edited image tells of the picture (H, W, 3) and the mask (H, W) that were given, and how they were taken.
+    JSON-ready."""
+    return {
+        "image_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()[:16],
+        "mask_sha256": hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16],
+        "grow": int(grow),
+        "paste": paste,
+    }
 
 
 def box_mask(box: Sequence[int], side: int) -> Mask:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from .editing import Mask, Pixels, as_pixels, token_mask
-from .images import save_all
-from .pipeline import Pipeline, Progress
-from .worklist import metadata_of
-
-
-def about_edit(pixels: Pixels, anew: Mask, grow: int, paste: bool) -> dict[str, Any]:
-    """What a result's file says of the picture, the mask and how they were taken. JSON-ready."""
-    return {
-        "image_sha256": hashlib.sha256(pixels.tobytes()).hexdigest()[:16],
-        "mask_sha256": hashlib.sha256(np.packbits(anew).tobytes()).hexdigest()[:16],
-        "grow": grow,
-        "paste": paste,
-    }
+from .editing import Mask, as_pixels, token_mask
+from .images import about, save_all
+from .pipeline import Label, Pipeline, Progress
 
 
 class Edits:
@@ -40,21 +27,19 @@ class Edits:
         pipeline: Pipeline,
         picture: Image.Image,
         anew: Mask,
-        labels: list[int],
+        labels: Sequence[Label],
         paths: Sequence[Path],
         *,
         grow: int = 0,
         paste: bool = True,
         **sampling: Any,
     ) -> None:
-        self.pipeline, self.labels, self.paths, self.anew = pipeline, labels, list(paths), anew
+        self.pipeline, self.labels, self.paths, self.anew = pipeline, list(labels), list(paths), anew
         self.sampling = pipeline.resolve(labels, **sampling)
         self.arguments = sampling | {"grow": grow, "paste": paste}
         self.pixels = as_pixels(picture, pipeline.config.img_size, resize=True)
         self.unknown = int(token_mask(anew[None], pipeline.config, grow).sum())
         self.steps = min(self.sampling.num_iter, self.unknown)
-        edited = about_edit(self.pixels, anew, grow, paste)
-        self.metadata = [made | {"edit": edited} for made in metadata_of(pipeline, self.sampling)]
 
     def run(self, on_step: Callable[[Progress], object] | None = None) -> dict[str, float]:
         """Make them -> seconds by phase. Ctrl-C leaves the files there whose images were finished.
@@ -70,7 +55,7 @@ class Edits:
             rows = range(len(self.paths))[first : first + self.sampling.size]
             labels = self.labels[rows.start : rows.stop]
             made = self.pipeline.edit(self.pixels, self.anew, labels, indices=list(rows), callback=step, **self.arguments)
-            save_all((image, self.paths[row], self.metadata[row]) for row, image in zip(rows, made.images, strict=True))
+            save_all((image, self.paths[row], about(image)) for row, image in zip(rows, made.images, strict=True))
             for phase, seconds in made.timings.items():
                 timings[phase] = timings.get(phase, 0.0) + seconds
         return timings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import warnings
 import zlib
@@ -11,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from arinar.files import replacing
 from arinar.reading import check_regular, parse_json
-from arinar.text import one_line
+from arinar.text import one_line, printable
 
 METADATA_KEY = "arinar"
 # Larger files are none of ours: the largest image that a model may make, stored without compression.
@@ -23,6 +24,8 @@ MAX_BYTES = 1 << 32
 #: Kinds of files that a picture of somebody else may be, by Pillow's names, and its most pixels: all are decoded.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 1 << 26
+#: Height of a contact sheet's letters in pixels: a twelfth of an image's width, within these.
+LEAST_LETTERS, MOST_LETTERS = 10, 20
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -53,6 +56,11 @@ def save_all(pictures: Iterable[tuple[Image.Image, Path, Mapping[str, Any]]]) ->
         for picture in left:
             save_png(*picture)
         raise
+
+
+def about(image: Image.Image) -> dict[str, Any]:
+    """How an image was made that a pipeline made: its ``info``, JSON-ready."""
+    return {str(name): value for name, value in image.info.items()}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -133,16 +141,54 @@ def _text(content: bytes) -> tuple[str, str]:
     return key.decode("latin-1"), value.decode("latin-1")
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2, scale: int = 1) -> Image.Image:
-    """Images of one size in rows on a white ground, ``gap`` pixels apart; ``scale`` enlarges each (nearest)."""
+def contact_sheet(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    gap: int = 2,
+    scale: int = 1,
+    *,
+    captions: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    title: str = "",
+) -> Image.Image:
+    """Images of one size in rows on a white ground, ``gap`` pixels apart; ``scale`` enlarges each (nearest).
+
+    captions : below each image. rows : left of each row. title : a line above. What is too long for its place is cut.
+    """
     if not images:
         raise ValueError("a contact sheet needs at least one image")
     columns = columns or max(1, round(len(images) ** 0.5))
     width, height = (side * scale for side in images[0].size)
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    font = ImageFont.load_default(max(LEAST_LETTERS, min(MOST_LETTERS, width // 12)))
+    line = 2 * gap + math.ceil(font.getbbox("Áy")[3])
+    left = max((2 * gap + math.ceil(font.getlength(text)) for text in rows), default=0)
+    top, below = (line if title else 0), (line if captions else 0)
+    count = -(-len(images) // columns)
+    size = (left + columns * (width + gap) + gap, top + count * (height + below + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def write(text: str, x: int, y: int, room: int) -> None:
+        draw.text((x, y + gap), _shortened(text, font, room), "black", font)
+
+    if title:
+        write(title, gap, 0, size[0] - 2 * gap)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        tile = image if scale == 1 else image.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + column * (width + gap), gap + row * (height + gap)))
+        x, y = left + gap + column * (width + gap), top + gap + row * (height + below + gap)
+        sheet.paste(image if scale == 1 else image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if number < len(captions):
+            write(captions[number], x, y + height, width)
+        if column == 0 and row < len(rows):
+            write(rows[row], gap, y + (height - line) // 2, left)
     return sheet
+
+
+def _shortened(text: str, font: Any, room: int) -> str:
+    """A text, its end left out where it is wider than ``room`` pixels."""
+    text = printable(text, 200)
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(f"{text}...") > room:
+        text = text[:-1]
+    return f"{text.rstrip()}..." if text else ""

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.config import ArinarConfig
-
-from .values import array
+from arinar.values import array
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,9 @@ class Known:
     def joined(cls, parts: Sequence[Known]) -> Known:
         """What is given of several lots of images as that of all of them."""
         return cls(np.concatenate([part.tokens for part in parts]), np.concatenate([part.mask for part in parts]))
+
+    def __repr__(self) -> str:
+        return f"Known({int(self.mask.sum())} tokens of {len(self)} images)"
 
     def __len__(self) -> int:
         return len(self.mask)

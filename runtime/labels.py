@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arinar.class_names import UNCONDITIONAL, Classes
 from arinar.config import ArinarConfig
 from arinar.text import shown
-
-from .values import is_whole, number
+from arinar.values import is_whole, number
 
 #: Classes of one image at most: what the graphs have places for.
 MOST_CLASSES = 4
@@ -24,8 +24,9 @@ FEWEST = 2.0**-24
 class Labels:
     """Of n images.
 
-    ids : (n,) int64, the class, or the first of several. others, weights : (n, MOST_CLASSES - 1), further classes and
-    their weights, 0 where there are no more; the first one's weight is what is left of 1. None: no image has several.
+    ids : (n,) int64, the class, or the first of several; -1 of an unconditional image. others, weights :
+    (n, MOST_CLASSES - 1), further classes and their weights, 0 where there are no more; the first one's weight is what is
+    left of 1. None: no image has several.
     """
 
     ids: npt.NDArray[np.int64]
@@ -34,10 +35,12 @@ class Labels:
 
     @classmethod
     def of(cls, labels: Any, config: ArinarConfig) -> Labels:
-        """Of a list of class ids and mappings, class id -> weight. Weights are divided by their sum.
+        """Of a list of class ids (-1: of no class), names, and mappings, class id or name -> weight. Weights are divided by
+        their sum.
 
         Raises ValueError for none, a wrong type, a class that the model does not have, weights that are none.
         """
+        labels = by_id(labels, config)
         if not (isinstance(labels, (list, tuple)) and any(isinstance(label, Mapping) for label in labels)):
             return cls(check_ids(labels, config))
         shares = [_shares(f"labels[{place}]", label, config) for place, label in enumerate(labels)]
@@ -88,8 +91,35 @@ def unmixed(*axes: int) -> dict[str, npt.NDArray[Any]]:
     return {"mixed_labels": np.zeros(shape, np.int64), "mixed_weights": np.zeros(shape, np.float32)}
 
 
-def check_ids(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
-    """Class ids as (B,) int64. Raises ValueError for none, a wrong type, or one out of range."""
+def about_label(label: int | dict[int, float], classes: Classes) -> dict[str, Any]:
+    """What an image tells of the label that it was made of, as JSON reads it back."""
+    if isinstance(label, dict):
+        return {"label": {str(key): weight for key, weight in label.items()}}
+    named = label == UNCONDITIONAL or classes.short(label) != str(label)
+    return {"label": label} | ({"class_name": classes.short(label)} if named else {})
+
+
+def by_id(labels: Any, config: ArinarConfig) -> Any:
+    """Labels with ids in place of names. Raises ValueError for a name that is no class's, or several classes'."""
+    if not isinstance(labels, (list, tuple)) or not any(isinstance(label, (str, Mapping)) for label in labels):
+        return labels
+    classes = Classes(config)
+
+    def found(label: Any, what: str) -> Any:
+        if isinstance(label, str):
+            return classes.label(label, what)
+        if not isinstance(label, Mapping):
+            return label
+        pairs = [(classes.label(key, what) if isinstance(key, str) else key, weight) for key, weight in label.items()]
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError(f"{what} is {shown(label)}, in which a class has two names; give it one weight")
+        return dict(pairs)
+
+    return [found(label, f"labels[{place}]") for place, label in enumerate(labels)]
+
+
+def check_ids(labels: Any, config: ArinarConfig, least: int = UNCONDITIONAL) -> npt.NDArray[np.int64]:
+    """Class ids as (B,) int64, -1 of an unconditional image. Raises ValueError for none, a wrong type, or one out of range."""
     try:
         ids = np.asarray(labels)
     except (ValueError, OverflowError) as error:  # lists of lists of different lengths
@@ -98,19 +128,22 @@ def check_ids(labels: Any, config: ArinarConfig) -> npt.NDArray[np.int64]:
         raise ValueError("labels is empty; give at least one class id")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"labels is {ids.dtype} with shape {ids.shape}; expected a list of integer class ids")
-    if (bad := ids[(ids < 0) | (ids >= config.num_classes)]).size:
-        raise ValueError(f"label {int(bad[0])} is out of range; this model has classes 0..{config.num_classes - 1}")
+    if (bad := ids[(ids < least) | (ids >= config.num_classes)]).size:
+        raise ValueError(
+            f"label {int(bad[0])} is out of range; this model has classes 0..{config.num_classes - 1}"
+            + (", and -1 for an image of no class" if least < 0 else "")
+        )
     return ids.astype(np.int64)
 
 
 def _shares(name: str, label: Any, config: ArinarConfig) -> dict[int, float]:
     """The classes of an image that have a weight, in the order of their ids, and their shares of the sum."""
     if is_whole(label):
-        label = {label: 1.0}
+        return {int(check_ids([label], config)[0]): 1.0}
     if not isinstance(label, Mapping) or not label or not all(is_whole(key) for key in label):
         raise ValueError(f"{name} is {shown(label)}; expected a class id, or weights by class id: {{3: 0.5, 8: 0.5}}")
     for key in label:
-        check_ids([key], config)
+        check_ids([key], config, 0)
     weights = {int(key): number(f"{name}[{key}]", label[key], 0) for key in sorted(label)}
     total = sum(weights.values())
     if not total:

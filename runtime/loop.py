@@ -20,7 +20,7 @@ from .bundle import BundleError, GraphInfo
 from .head import Head, head_class
 from .outer import OUTERS, Outer, check_interface
 from .request import Batch
-from .state import State, allocate
+from .state import State, allocate, without_guidance
 
 # What turns tokens into images.
 DECODING = ("tokens_to_latents", "vae_decoder")
@@ -52,8 +52,7 @@ class Loop:
     """Generates micro-batches with one bundle on one backend.
 
     inner : how the head generates a token, one of its MODES; None: what suits the backend.
-    keep_first_step : whether z of a first step, where no token is visible, is computed once per label. None: where the
-        backend computes as it is told (on a GPU it would save a sixty-fourth of a recorded sequence). False where every
+    keep_first_step : whether z of a first step, where no token is visible, is computed once per label. False where every
         launch is to be seen.
     """
 
@@ -64,15 +63,14 @@ class Loop:
         config: ArinarConfig,
         inner: str | None = None,
         *,
-        keep_first_step: bool | None = None,
+        keep_first_step: bool = True,
     ) -> None:
         check_graphs(graphs, config)
         head = head_class(config)
         if inner is not None and inner not in head.MODES:
             raise ValueError(f"inner is {shown(inner)}; choose one of {', '.join(head.MODES)}")
         self.backend, self.config = backend, config
-        keep = backend.synchronous if keep_first_step is None else keep_first_step
-        self.outer: Outer = OUTERS[config.outer](backend, graphs, config, keep)
+        self.outer: Outer = OUTERS[config.outer](backend, graphs, config, keep_first_step)
         self.head: Head = head(backend, graphs, config, inner)
         self._idle: list[State] = []  # the most recently used last
         self._owners = itertools.count()
@@ -118,7 +116,7 @@ class Loop:
         with self.state(batch) as state:
             self.fill(state, batch, {})
             for step in batch.plan:
-                z = self.backend.download(self.outer.step(state, step)).copy()
+                z = self.backend.download(self.outer.step(_of(state, step), step)).copy()
                 yield step, z.reshape(-1, state.batch, self.config.z_width)
                 now = slice(step.remaining, step.masked)
                 self.backend.write(state.tokens[now], np.ascontiguousarray(ordered[now]))
@@ -178,19 +176,32 @@ class Loop:
         if not batch.plan:
             return
         self.head.fill(state, batch)
+        if state.guided and not all(step.guided for step in batch.plan):
+            self._fill_alone(state, others, weights, mixed)
         with self._timed(seconds, "outer"):
-            self.outer.fill(state, batch)
+            self.outer.fill(_of(state, batch.plan[0]), batch)
+
+    def _fill_alone(self, state: State, others: Array, weights: Array, mixed: bool) -> None:
+        """The same for steps without an unconditional branch."""
+        if state.alone is None:
+            state.alone = without_guidance(self.backend, state)
+        if mixed or state.alone.mixed:
+            self.backend.write(state.alone.mixed_labels, np.ascontiguousarray(others[:, :1]))
+            self.backend.write(state.alone.mixed_weights, np.ascontiguousarray(weights[:, :1]))
+        state.alone.mixed = mixed
 
     def _step(self, state: State, step: Step, seconds: Seconds) -> None:
+        used = _of(state, step)
+
         def launches() -> None:
             with self._timed(seconds, "outer"):
-                z = self.outer.step(state, step)
+                z = self.outer.step(used, step)
             with self._timed(seconds, "inner"):
-                self.head.draw(state, step, z)
+                self.head.draw(used, step, z)
 
         # Where the head draws otherwise from step to step, plans with and without known tokens may have one at another place.
         index = step.index if isinstance(state.drawing, tuple) else min(step.index, 1)
-        self.backend.execute(state.owner, (index, step.masked, step.remaining), launches)
+        self.backend.execute(state.owner, (index, step.masked, step.remaining, used.branches), launches)
 
     @contextmanager
     def state(self, batch: Batch) -> Iterator[State]:
@@ -237,6 +248,11 @@ class Loop:
         yield
         if self.backend.synchronous:
             _add(seconds, phase, start)
+
+
+def _of(state: State, step: Step) -> State:
+    """The state that a step is taken on."""
+    return state.alone if state.guided and not step.guided and state.alone is not None else state
 
 
 def _add(seconds: Seconds, phase: str, start: float) -> None:

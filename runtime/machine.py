@@ -83,7 +83,7 @@ def onnxruntime_distribution() -> str | None:
             raise BundleError(
                 "onnxruntime and onnxruntime-gpu are both installed; they overwrite each other's files. Uninstall both, "
                 "then install one: `pip uninstall onnxruntime onnxruntime-gpu`, then `pip install onnxruntime` or "
-                "`pip install 'onnxruntime-gpu[cuda,cudnn]'`"
+                "`pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31' 'nvidia-cublas<14'`"
             )
         path = [os.path.realpath(folder or ".") for folder in sys.path]
         return min(found, key=lambda name: path.index(found[name]) if found[name] in path else len(path))

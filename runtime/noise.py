@@ -11,8 +11,7 @@ import numpy.typing as npt
 from arinar.config import ArinarConfig
 from arinar.law import law_of
 from arinar.text import shown
-
-from .values import is_whole
+from arinar.values import is_whole
 
 MAX_SEED = 2**64 - 1
 
@@ -64,6 +63,9 @@ class Noise:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def __repr__(self) -> str:
+        return f"Noise(of {len(self)} images, draws {self.draws.shape})"
 
     def __getitem__(self, rows: slice | npt.NDArray[np.integer]) -> Noise:
         return Noise(self.order[rows], self.draws[rows])

@@ -21,8 +21,9 @@ from .state import State
 #: Inputs for further classes of an image, and what kept results are named by.
 MIXED = ("mixed_labels", "mixed_weights")
 Key = tuple[int, tuple[int, ...], tuple[float, ...]]
-# Labels whose z of the first step is kept: (L, C) float32 each, 0.8 MB at the published size.
-KEPT_LABELS = 32
+# Labels whose z of the first step is kept: (L, C) float32 each, 0.8 MB at the published size. All of ImageNet's beside a
+# GPU, where each would be a pass for one image alone.
+KEPT_LABELS, KEPT_BESIDE_A_GPU = 32, 1024
 
 
 class Outer(Protocol):
@@ -45,9 +46,12 @@ class MaskedOuter:
     """Every step recomputes z from all visible tokens.
 
     Where no token is known, none is visible at the first step: z depends on the label and the position alone. With
-    ``keep_first_step`` it is computed once per label, for all positions, and uploaded with the rest of a micro-batch.
+    ``keep_first_step`` it is computed once per label, for all positions, and uploaded with the rest of a micro-batch: by
+    the step itself on the CPU; by a graph of its own on a GPU, whose libraries see no tensors without elements then. (A
+    bundle without that graph has every first step computed.)
     """
 
+    FIRST = "outer_first"
     GRAPHS = ("outer_step",)
     INPUTS = ("visible_tokens", "visible_positions", "target_positions", "hidden_positions", "labels")
     # Axes of images, and of guidance branches.
@@ -55,12 +59,17 @@ class MaskedOuter:
     BRANCHES: ClassVar = {"labels": 0, **dict.fromkeys(MIXED, 1), "z": 0}
 
     def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, keep_first_step: bool) -> None:
-        self.backend, self.config, self.keep_first_step = backend, config, keep_first_step
+        self.backend, self.config = backend, config
+        self.has_first = self.FIRST in graphs and not backend.synchronous
+        self.keep_first_step = keep_first_step and (self.has_first or backend.synchronous)
+        self.most_kept = KEPT_BESIDE_A_GPU if self.has_first else KEPT_LABELS
         self.mixes = takes_mixed(graphs["outer_step"])
         self.first: dict[Key, Array] = {}  # classes -> z (L, C), the most recently used last
 
     def prepare(self, batch: int, branches: int) -> None:
         self.backend.prepare("outer_step", rows=batch * branches)
+        if self.has_first and self.keep_first_step:
+            self.backend.prepare(self.FIRST)
 
     def allocate(self, state: State) -> Any:
         return None
@@ -69,7 +78,7 @@ class MaskedOuter:
         check_mixed(batch, self.mixes)
         if self._kept(step := batch.plan[0]):
             targets = batch.noise.order.T[step.remaining :]  # (P, B)
-            keys = keys_of(batch)
+            keys = keys_of(batch, state.branches)
             known = self._first_z(list(dict.fromkeys(key for row in keys for key in row)))
             z = np.stack([np.stack([known[key][targets[:, image]] for image, key in enumerate(row)], 1) for row in keys])
             self.backend.write(self._z(state, step), z)
@@ -98,29 +107,48 @@ class MaskedOuter:
 
     def _first_z(self, keys: list[Key]) -> dict[Key, Array]:
         """z (L, C) of the first step by class, or classes; each is computed as if it were alone."""
-        length, missing = self.config.seq_len, [key for key in keys if key not in self.first]
+        missing = [key for key in keys if key not in self.first]
         known = {key: self.first.pop(key) for key in keys if key not in missing}
         if missing:
-            count, upload = len(missing), self.backend.upload
-            nothing = upload(np.empty((0, count), np.int64))
-            z = self.backend.empty((1, length, count, self.config.z_width), "float32")
-            inputs = {
-                "visible_tokens": upload(np.empty((0, count, self.config.token_dim), np.float32)),
-                "visible_positions": nothing,
-                "target_positions": upload(np.repeat(np.arange(length)[:, None], count, 1)),
-                "hidden_positions": nothing,
-                "labels": upload(np.array([[key[0] for key in missing]], np.int64)),
-            }
-            if self.mixes:  # (count, places) -> (places, 1, count)
-                inputs["mixed_labels"] = upload(np.array([key[1] for key in missing], np.int64).T[:, None].copy())
-                inputs["mixed_weights"] = upload(np.array([key[2] for key in missing], np.float32).T[:, None].copy())
-            self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, apart=True))
-            made = self.backend.download(z)[0]
-            known |= {key: np.ascontiguousarray(made[:, place]) for place, key in enumerate(missing)}
+            known |= self._first_by_graph(missing) if self.has_first else self._first_by_step(missing)
         self.first |= known  # at the end: most recently used
-        for key in list(self.first)[: max(0, len(self.first) - KEPT_LABELS)]:
+        for key in list(self.first)[: max(0, len(self.first) - self.most_kept)]:
             del self.first[key]
         return known
+
+    def _first_by_graph(self, keys: list[Key]) -> dict[Key, Array]:
+        """One launch each, always of the same shape."""
+        z, made = self.backend.empty((self.config.seq_len, self.config.z_width), "float32"), {}
+        for key in keys:
+            self.backend.launch(self.FIRST, self._classes([key], ()), {"z": z})
+            made[key] = self.backend.download(z).copy()
+        return made
+
+    def _first_by_step(self, keys: list[Key]) -> dict[Key, Array]:
+        """As rows of a step in which nothing is visible."""
+        length, count, upload = self.config.seq_len, len(keys), self.backend.upload
+        nothing = upload(np.empty((0, count), np.int64))
+        z = self.backend.empty((1, length, count, self.config.z_width), "float32")
+        inputs = {
+            "visible_tokens": upload(np.empty((0, count, self.config.token_dim), np.float32)),
+            "visible_positions": nothing,
+            "target_positions": upload(np.repeat(np.arange(length)[:, None], count, 1)),
+            "hidden_positions": nothing,
+            **self._classes(keys, (1,)),
+        }
+        self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, apart=True))
+        made = self.backend.download(z)[0]
+        return {key: np.ascontiguousarray(made[:, place]) for place, key in enumerate(keys)}
+
+    def _classes(self, keys: list[Key], branches: tuple[int, ...]) -> dict[str, Any]:
+        """Labels (..., keys), and further ones (places, ..., keys) where the graphs take them, with the given axes between."""
+        shape, upload = (*branches, len(keys)), self.backend.upload
+        inputs = {"labels": upload(np.array([key[0] for key in keys], np.int64).reshape(shape))}
+        if self.mixes:
+            places = MOST_CLASSES - 1, *shape
+            inputs["mixed_labels"] = upload(np.array([key[1] for key in keys], np.int64).T.reshape(places))
+            inputs["mixed_weights"] = upload(np.array([key[2] for key in keys], np.float32).T.reshape(places))
+        return inputs
 
 
 @dataclass
@@ -202,9 +230,10 @@ class CausalOuter:
 OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOuter, "causal": CausalOuter}
 
 
-def keys_of(batch: Batch) -> list[list[Key]]:
+def keys_of(batch: Batch, branches: int) -> list[list[Key]]:
     """What the images of each branch are of, [branch][image]: the class, further ones, their weights."""
-    labels, others, weights = batch.classes.branches(batch.branches)
+    labels, others, weights = batch.classes.branches(branches)
+    others = np.where(weights != 0, others, 0)  # what has no weight tells no classes apart
     pairs = np.moveaxis(others, 0, -1).tolist(), np.moveaxis(weights, 0, -1).tolist()
     return [
         [(label, tuple(several), tuple(shares)) for label, several, shares in zip(*rows, strict=True)]

@@ -10,24 +10,31 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from arinar.class_names import Classes
 from arinar.config import ArinarConfig
+from arinar.values import array
 
-from .backends import open_backend
+from .backends import BACKENDS, BackendOptions, obstacle, open_backend
 from .backends.base import Backend
-from .bundle import Bundle, BundleError, Manifest
-from .editing import as_mask, as_pixels, hide, paste_back, per_image, to_tokens, token_mask
+from .bundle import MANIFEST_NAME, Bundle, BundleError, Manifest, file_sha256
+from .editing import about_edit, as_mask, as_pixels, hide, paste_back, per_image, to_tokens, token_mask
 from .known import Known
+from .labels import about_label
 from .loop import Loop, Made
 from .noise import Noise
 from .request import Sampling
 from .state import State
-from .values import array
+
+#: One label per image: a class's id or name, or weights by these.
+Label: TypeAlias = int | str | Mapping[Any, float]
+Wanted: TypeAlias = Sequence[Label] | npt.NDArray[np.integer[Any]]
+CLOSED = "this pipeline is closed; load the bundle again"
 
 
 class GenerationCancelled(Exception):
@@ -41,7 +48,10 @@ class Generation:
     images : PIL images, RGB. tokens : (B, L, D) float32, raster order, as the model made them.
     latents : (B, channels, h, w) float32, what the VAE decoded. timings : seconds by phase (``outer``, ``inner``,
     ``vae``, ``total``; on a GPU, where they are not apart, ``device`` and ``total``) over the whole call.
-    seed, labels : what was asked for.
+    seed, labels : what was asked for (seed None: the noise was given).
+
+    ``images[i].info`` is a dict that tells how image i was made: label, class_name, seed, index, the sampling arguments,
+    precision and bundle; what `arinar generate` writes into its files.
     """
 
     images: list[Image.Image]
@@ -50,6 +60,11 @@ class Generation:
     timings: dict[str, float]
     seed: int | None = None
     labels: list[int | dict[int, float]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        width, height = self.images[0].size if self.images else (0, 0)
+        seconds = self.timings.get("total", 0.0)
+        return f"Generation({len(self.images)} images of {width} x {height}, seed {self.seed}, {seconds:.3g} s)"
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ class Progress:
 
 
 class Pipeline:
-    """A loaded bundle, ready to generate. Made by :meth:`load`.
+    """A loaded bundle, ready to generate. Made by :meth:`load`; a context manager, which closes it.
 
     May be used from several threads: calls take turns. It belongs to the process that loaded it.
     """
@@ -85,6 +100,10 @@ class Pipeline:
         self.loop = Loop(backend, bundle.manifest.precision_graphs(precision), bundle.manifest.config, inner)
         self._lock, self._busy, self._process = threading.RLock(), 0, os.getpid()
         self._unverified: list[str] = []  # files that only encoding reads, until it does
+        self._closed = False
+        #: What files of its images say of the pipeline: its precision, and the hash of the bundle's manifest.
+        self.made_by = {"precision": precision, "bundle": file_sha256(bundle.path(MANIFEST_NAME))[:16]}
+        self.classes = Classes(self.config)
 
     @classmethod
     def load(
@@ -95,7 +114,7 @@ class Pipeline:
         precision: str | None = None,
         inner: str | None = None,
         verify: bool = True,
-        **options: Any,
+        **options: Unpack[BackendOptions],
     ) -> Pipeline:
         """Open a bundle.
 
@@ -108,8 +127,8 @@ class Pipeline:
             feature, KV cache outside; on a GPU, draws by a kernel of ours); None: fused on a CPU, and on a GPU where the
             kernel cannot be had. A diffusion head is always "stepwise".
         verify : compare the size and SHA-256 of the files that will be read with the manifest.
-        options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU (see the backends'
-            classes).
+        options : of the backend, e.g. ``threads`` and ``low_memory`` on the CPU, ``cuda_graphs`` on a GPU
+            (`arinar.runtime.backends.BackendOptions`).
 
         Raises BundleError (a ValueError) where the bundle is damaged or cannot run here; the message tells the remedy.
         """
@@ -123,13 +142,48 @@ class Pipeline:
         pipeline._unverified = sorted({file for graph in graphs for file in graph.files} - usual) if verify else []
         return pipeline
 
+    @staticmethod
+    def available(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+        """What of a bundle can run on this machine: precision -> the backends for it, by name, the fastest kind first.
+
+        Packages, devices and engines are looked for; nothing is loaded. Raises BundleError where there is no bundle.
+        """
+        bundle = Bundle.open(path)
+        names = list(reversed(BACKENDS))
+        return {
+            precision: [name for name in names if obstacle(bundle, precision, name) is None] for precision in bundle.precisions
+        }
+
+    def close(self) -> None:
+        """Let go of the graphs, threads and buffers. Calls after that raise RuntimeError; closing again does nothing.
+
+        Waits for a call of another thread; a stream that is under way ends when it is next asked.
+        """
+        if self._closed:
+            return
+        with self._turn():
+            self._closed = True
+            self.loop = self.backend = cast(Any, _Closed())
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"Pipeline({str(self.bundle.folder)!r}, closed)"
+        options = "".join(f", {name}={value}" for name, value in self.backend.describe().items())
+        return f"Pipeline({str(self.bundle.folder)!r}, {self.precision}, {self.backend.name}{options})"
+
     @property
     def config(self) -> ArinarConfig:
         return self.bundle.manifest.config
 
     def generate(
         self,
-        labels: Sequence[int | Mapping[int, float]] | npt.NDArray[np.integer[Any]],
+        labels: Wanted,
         *,
         guidance_scale: float | Sequence[float] | None = None,
         cfg_schedule: str | None = None,
@@ -141,6 +195,8 @@ class Pipeline:
         noise: Noise | None = None,
         batch_size: int | None = None,
         known: Known | None = None,
+        schedule: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
         callback: Callable[[Progress], object] | None = None,
     ) -> Generation:
         """Generate one image per label.
@@ -153,8 +209,9 @@ class Pipeline:
 
         Parameters
         ----------
-        labels : class ids, each in 0..num_classes-1; or, for an image of several classes, weights by class id, at most
-            four: ``[{3: 0.5, 8: 0.5}, 7]``. Weights are divided by their sum; the classes' embeddings are interpolated.
+        labels : class ids, each in 0..num_classes-1, or classes' names; -1 is an image of no class, made without guidance;
+            or, for an image of several classes, weights by class id or name, at most four: ``[{3: 0.5, 8: 0.5}, 7]``.
+            Weights are divided by their sum; the classes' embeddings are interpolated.
         guidance_scale : classifier-free guidance, at least 1; 1 runs no unconditional branch. One for all, or one per
             label.
         cfg_schedule : "linear" or "constant".
@@ -171,6 +228,11 @@ class Pipeline:
         known : tokens that are given, for len(labels) images: they come back as they are, bit for bit, and the others are
             generated around them, by the schedule of so many tokens (``num_iter`` steps, or one for each where they are
             fewer). Where all are known there is no step: one Progress tells of none.
+        schedule : None or "cosine", the published one, or "staged:64x24,64x6,128x2" (`arinar.schedule.stages_of`): tokens x
+            steps of sets of a checkerboard, the coarse first. Other images, of another law: what it costs is for the
+            model's owner to see.
+        guidance_interval : two shares of known tokens: steps outside are not guided, and cost half. Of another law, too.
+            None: (0, 1), all are.
         callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
             itself: another thread's ``preview()`` or call waits until this one is over.
 
@@ -191,6 +253,8 @@ class Pipeline:
             noise=noise,
             batch_size=batch_size,
             known=known,
+            schedule=schedule,
+            guidance_interval=guidance_interval,
         )
         with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
             for progress in walk:
@@ -199,9 +263,7 @@ class Pipeline:
         assert progress.result is not None
         return progress.result
 
-    def stream(
-        self, labels: Sequence[int | Mapping[int, float]] | npt.NDArray[np.integer[Any]], **arguments: Any
-    ) -> Generator[Progress, None, Generation]:
+    def stream(self, labels: Wanted, **arguments: Any) -> Generator[Progress, None, Generation]:
         """Generate as :meth:`generate` does, step by step: yields a :class:`Progress` after every outer step, whose
         ``preview()`` shows the images as far as they are known; the last one's ``result`` is the :class:`Generation`, which
         the iterator also returns.
@@ -261,18 +323,29 @@ class Pipeline:
             raise ValueError("known has no place here: the mask says what is; generate(..., known=) takes tokens")
         side, settings = self.config.img_size, {key: value for key, value in sampling.items() if key != "callback"}
         count = len(self.resolve(labels, **settings))
-        pixels = per_image("images", as_pixels(images, side), count)
-        anew = per_image("mask", token_mask(as_mask(mask, side), self.config, grow), count)
+        pixels, masks = per_image("images", as_pixels(images, side), count), per_image("mask", as_mask(mask, side), count)
+        anew = token_mask(masks, self.config, grow)
         unknown = np.broadcast_to(anew, (count, self.config.seq_len))
         blank = np.zeros((*unknown.shape, self.config.token_dim), np.float32)
         self.resolve(labels, known=Known(blank, ~unknown), **settings)
         tokens = np.broadcast_to(self.encode(hide(pixels, anew, self.config)), blank.shape)
         made = self.generate(labels, known=Known(tokens, ~unknown), **sampling)
-        return replace(made, images=paste_back(made.images, pixels, anew, self.config)) if paste else made
+        pictures = paste_back(made.images, pixels, anew, self.config) if paste else made.images
+        for row, (picture, before) in enumerate(zip(pictures, made.images, strict=True)):
+            given = about_edit(pixels[row % len(pixels)], masks[row % len(masks)], grow, paste)
+            picture.info = before.info | {"edit": given}
+        return replace(made, images=pictures)
 
     def resolve(self, labels: Any, **arguments: Any) -> Sampling:
         """The arguments of :meth:`generate`, checked, with the bundle's defaults. Raises ValueError."""
         return Sampling.resolve(self.config, self.bundle.manifest.defaults, labels, **arguments)
+
+    def metadata(self, sampling: Sampling) -> list[dict[str, Any]]:
+        """How each image of a request is made, JSON-ready: what its file says, and its ``info``."""
+        return [
+            sampling.settings(row) | self.made_by | {"seed": _seed(sampling), "index": index} | about_label(label, self.classes)
+            for row, (index, label) in enumerate(zip(sampling.indices, sampling.classes.shown(), strict=True))
+        ]
 
     def _stream(self, sampling: Sampling, began: float) -> Generator[Progress, None, Generation]:
         walk = self._walk(sampling, began, watched=True)
@@ -293,10 +366,12 @@ class Pipeline:
         tokens: list[Any] = [None] * count
         latents: list[Any] = [None] * count
         images: list[Any] = [None] * count
+        about = self.metadata(sampling)
         for part in sampling.batches():
             rows, batch = part.rows, part.batch
             if batch.plan:
-                self.loop.prepare(batch.guided, len(batch))
+                for guided in {batch.guided and step.guided for step in batch.plan}:
+                    self.loop.prepare(guided, len(batch))
             place = (len(batch.plan), done, count, tuple(rows))
             with closing(self.loop.walk(batch, seconds, watched=watched)) as walk:
                 for step in batch.plan[:-1]:
@@ -309,11 +384,12 @@ class Pipeline:
             for slot, row in zip(part.places, rows, strict=True):
                 tokens[row], latents[row] = made.tokens[slot], made.latents[slot]
                 images[row] = Image.fromarray(made.images[slot])
+                images[row].info |= about[row]
             result = None
             if done == count:
                 seconds["total"] = time.perf_counter() - began
                 asked = sampling.classes.shown()
-                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, sampling.seed, asked)
+                result = Generation(images, np.stack(tokens), np.stack(latents), seconds, _seed(sampling), asked)
             finished = [images[row] for row in rows]
             yield Progress(len(batch.plan), *place, result=result, _preview=partial(_copies, finished))
 
@@ -328,6 +404,8 @@ class Pipeline:
     @contextmanager
     def _turn(self, *, nested: bool = False) -> Iterator[None]:
         """One thread at a time. ``nested``: also from within a call of the same thread."""
+        if self._closed and not nested:
+            raise RuntimeError(CLOSED)
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this pipeline was loaded in another process, whose threads a fork does not copy: load it again in this one"
@@ -348,9 +426,21 @@ class Pipeline:
                 self._busy = 0
 
 
+class _Closed:
+    """In place of what a closed pipeline had."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(CLOSED)
+
+
 def _is_true(value: object) -> bool:
     """True itself, NumPy's too; whatever else a callback returns means nothing."""
     return isinstance(value, (bool, np.bool_)) and bool(value)
+
+
+def _seed(sampling: Sampling) -> int | None:
+    """What decided the noise, where it was not given."""
+    return sampling.seed if sampling.noise is None else None
 
 
 def _copies(images: list[Image.Image]) -> list[Image.Image]:

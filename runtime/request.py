@@ -10,15 +10,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from arinar.class_names import UNCONDITIONAL
 from arinar.config import ArinarConfig
-from arinar.schedule import Step, check_cfg_schedule, guidance_at, steps
+from arinar.schedule import (
+    ALWAYS,
+    COSINE,
+    Stages,
+    Step,
+    check_cfg_schedule,
+    check_guidance_interval,
+    checkerboard,
+    guidance_at,
+    stages_of,
+    steps,
+)
 from arinar.text import shown
+from arinar.values import is_whole, number
 
 from .bundle import Defaults
 from .known import Known
 from .labels import Labels
 from .noise import Noise, check_seed
-from .values import is_whole, number
 
 # Images of a micro-batch where the caller does not say: about this many tokens at a time.
 DEFAULT_BATCH_TOKENS = 1024
@@ -35,7 +47,8 @@ class Batch:
     `arinar.diffusion_schedule.respacings` reads it. known : tokens that are given, as many of every image; their positions
     are the end of the noise's order.
 
-    All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed.
+    All of it is guided or none: where no image has a guidance above 1, no unconditional row is computed; nor is one at a step
+    that is not guided.
     """
 
     classes: Labels
@@ -57,7 +70,7 @@ class Batch:
 
     @property
     def guided(self) -> bool:
-        return bool((self.guidance_scale != 1.0).any())
+        return bool((self.guidance_scale != 1.0).any()) and any(step.guided for step in self.plan)
 
     @property
     def branches(self) -> int:
@@ -67,7 +80,8 @@ class Batch:
         """(L, B) in generation order: how strongly each token is guided."""
         rows = np.ones((length, len(self)), np.float32)
         for step in self.plan:
-            rows[step.remaining : step.masked] = guidance_at(step, length, self.guidance_scale, self.cfg_schedule)
+            if step.guided:
+                rows[step.remaining : step.masked] = guidance_at(step, length, self.guidance_scale, self.cfg_schedule)
         return rows
 
     def temperature_rows(self, length: int) -> npt.NDArray[np.float32]:
@@ -82,7 +96,7 @@ class Sampling:
     config: the model's, with the request's sampling steps; classes: what each is to be of; guidance_scale, temperature (n,)
     float64; indices (n,): the images' places in the seed's sequence; noise: every random number, where the caller gave it;
     known: tokens that are given; batch_size: images of a micro-batch, size: the same where the caller did not say (short
-    ones are then not filled up).
+    ones are then not filled up); schedule, guidance_interval: which tokens a step generates, and which steps are guided.
     """
 
     config: ArinarConfig
@@ -97,6 +111,8 @@ class Sampling:
     batch_size: int | None
     size: int
     known: Known | None = None
+    schedule: str = COSINE
+    guidance_interval: tuple[float, float] = ALWAYS
 
     @classmethod
     def resolve(
@@ -115,6 +131,8 @@ class Sampling:
         noise: Noise | None = None,
         batch_size: int | None = None,
         known: Known | None = None,
+        schedule: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> Sampling:
         """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
         config = with_sampling_steps(config, sampling_steps)
@@ -138,19 +156,25 @@ class Sampling:
             if not isinstance(known, Known):
                 raise ValueError(f"known is {shown(known)}; expected a Known of len(labels) images")
             known.check(len(ids), config)
+        scales = per_label("guidance_scale", scale, len(ids), 1.0)
+        scales[ids.ids == UNCONDITIONAL] = 1.0  # both branches would be the same
+        schedule = COSINE if schedule is None else schedule
+        stages = check_schedule(schedule, num_iter, config, known)
         return cls(
             config=config,
             classes=ids,
-            guidance_scale=per_label("guidance_scale", scale, len(ids), 1.0),
+            guidance_scale=scales,
             temperature=per_label("temperature", heat, len(ids), 0.0, strict=True),
             cfg_schedule=check_cfg_schedule(defaults.cfg_schedule if cfg_schedule is None else cfg_schedule),
-            num_iter=check_num_iter(num_iter, defaults.num_iter, config),
+            num_iter=sum(number for _, number in stages) or check_num_iter(num_iter, defaults.num_iter, config),
             seed=seed,
             indices=places,
             noise=noise,
             batch_size=batch_size,
             size=check_batch_size(batch_size, len(ids), config),
             known=known,
+            schedule=schedule,
+            guidance_interval=check_interval(ALWAYS if guidance_interval is None else guidance_interval, config),
         )
 
     def __len__(self) -> int:
@@ -181,6 +205,8 @@ class Sampling:
             "temperature": float(self.temperature[row]),
             "num_iter": self.num_iter,
             **own,
+            **({} if self.schedule == COSINE else {"schedule": self.schedule}),
+            **({} if self.guidance_interval == ALWAYS else {"guidance_interval": list(self.guidance_interval)}),
         }
 
     def batches(self) -> Iterator[Part]:
@@ -221,13 +247,16 @@ class Sampling:
         if self.known is not None and unknown < self.config.seq_len:
             known = self.known[chosen]
             noise = replace(noise, order=known.last(noise.order))
+        stages = stages_of(self.schedule, self.config.grid_size)
+        if stages:
+            noise = replace(noise, order=staged(noise.order, self.config, len(stages)))
         return Batch(
             self.classes[chosen],
             noise,
             self.guidance_scale[chosen],
             self.temperature[chosen],
             self.cfg_schedule,
-            steps(self.config.seq_len, self.num_iter, unknown),
+            steps(self.config.seq_len, self.num_iter, unknown, stages=stages, guidance_interval=self.guidance_interval),
             self.config.sampling_steps,
             known,
         )
@@ -260,6 +289,35 @@ def per_label(name: str, value: Any, count: int, least: float, *, strict: bool =
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} values for {count} labels; give one number, or one for each label")
     return np.array([number(f"{name}[{row}]", item, least, strict=strict) for row, item in enumerate(value)])
+
+
+def check_schedule(value: Any, num_iter: Any, config: ArinarConfig, known: Known | None) -> Stages:
+    """The stages of a schedule. Raises ValueError where it has no meaning."""
+    stages = stages_of(value, config.grid_size)
+    if stages and config.outer == "causal":
+        raise ValueError(f"schedule is {shown(value)}; a causal model has one order, a token a step: leave it out")
+    if stages and known is not None:
+        raise ValueError(f"schedule is {shown(value)}; where tokens are known, those left have no such sets: leave it out")
+    number = sum(count for _, count in stages)
+    if stages and num_iter not in (None, number):
+        raise ValueError(f"num_iter is {shown(num_iter)}, schedule {value} has {number} steps: leave num_iter out")
+    return stages
+
+
+def check_interval(value: Any, config: ArinarConfig) -> tuple[float, float]:
+    interval = check_guidance_interval(value)
+    if interval != ALWAYS and config.outer == "causal":
+        raise ValueError(
+            f"guidance_interval is {shown(value)}; a causal model's unconditional branch needs every token in its cache: leave "
+            f"it out"
+        )
+    return interval
+
+
+def staged(order: npt.NDArray[np.int64], config: ArinarConfig, sets: int) -> npt.NDArray[np.int64]:
+    """Orders (B, L) with the first set's tokens at the end, where generation starts, each set in the order it had."""
+    places = np.array(checkerboard(config.grid_size, sets))
+    return np.take_along_axis(order, np.argsort(-places[order], axis=1, kind="stable"), 1)
 
 
 def check_num_iter(value: Any, default: int, config: ArinarConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arinar.config import ArinarConfig
@@ -47,6 +47,8 @@ class State:
     # Of the outer model's kind, and of the head's.
     outer: Any = None
     head: Any = None
+    # The same buffers for steps without an unconditional branch, in a plan that has both kinds.
+    alone: State | None = None
 
     @property
     def guided(self) -> bool:
@@ -76,4 +78,16 @@ def allocate(
         raster=backend.empty((batch, length, features), "float32"),
         latents=backend.empty((batch, config.vae_embed_dim, side, side), "float32"),
         images=backend.empty((batch, config.img_size, config.img_size, 3), "uint8"),
+    )
+
+
+def without_guidance(backend: Backend, state: State) -> State:
+    """A state of the conditional branch alone, on the same buffers; what has branches on an inner axis gets its own."""
+    shape = (MOST_CLASSES - 1, 1, state.batch)
+    return replace(
+        state,
+        branches=1,
+        labels=state.labels[:1],
+        mixed_labels=backend.empty(shape, "int64"),
+        mixed_weights=backend.empty(shape, "float32"),
     )

@@ -91,16 +91,35 @@ def fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]
 
     Raises ValueError where the message is cut off, or is none.
     """
-    for number, kind, first, last, _ in _scan(data, start, stop):
+    return ((number, value[0], value[1]) for number, value in every_field(data, start, stop) if isinstance(value, tuple))
+
+
+def every_field(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int | tuple[int, int]]]:
+    """As `fields`, with those that are an integer: number, and the integer, or where the content lies."""
+    place = start
+    while place < stop:
+        tag, place = _number(data, place, stop)
+        number, kind = tag >> 3, tag & 7
         if kind == BYTES:
-            yield number, first, last
+            size, place = _number(data, place, stop)
+            if size > stop - place:
+                raise ValueError("it is cut off")
+            yield number, (place, place + size)
+            place += size
+        elif kind == VARINT:
+            value, place = _number(data, place, stop)
+            yield number, value
+        elif kind in (FIXED32, FIXED64):
+            place += 4 if kind == FIXED32 else 8
+        else:
+            raise ValueError(f"field {number} is of the unknown kind {kind}")
+        if place > stop or number == 0:
+            raise ValueError("it is cut off, or no ONNX file")
 
 
 def integers(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """As `fields`: number and value of those that are integers."""
-    for number, kind, _, _, value in _scan(data, start, stop):
-        if kind == VARINT:
-            yield number, value
+    return ((number, value) for number, value in every_field(data, start, stop) if isinstance(value, int))
 
 
 def listed(data: bytes, start: int, stop: int) -> list[int]:
@@ -110,26 +129,6 @@ def listed(data: bytes, start: int, stop: int) -> list[int]:
         value, start = _number(data, start, stop)
         found.append(value)
     return found
-
-
-def _scan(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Number, kind, where the content lies, value of an integer."""
-    place = start
-    while place < stop:
-        tag, place = _number(data, place, stop)
-        number, kind, size, value = tag >> 3, tag & 7, 0, 0
-        if kind == BYTES:
-            size, place = _number(data, place, stop)
-        elif kind == VARINT:
-            value, place = _number(data, place, stop)
-        elif kind in (FIXED32, FIXED64):
-            size = 4 if kind == FIXED32 else 8
-        else:
-            raise ValueError(f"field {number} is of the unknown kind {kind}")
-        if size > stop - place or number == 0:
-            raise ValueError("it is cut off, or no ONNX file")
-        yield number, kind, place, place + size, value
-        place += size
 
 
 def _number(data: bytes, place: int, stop: int) -> tuple[int, int]:

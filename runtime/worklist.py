@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from arinar.class_names import UNCONDITIONAL, Classes
 from arinar.files import check_folder, sweep
 
-from .bundle import MANIFEST_NAME, file_sha256
 from .images import read_metadata, read_png, save_all
-from .pipeline import Pipeline, Progress
-from .request import Sampling
+from .pipeline import Label, Pipeline, Progress
+
+#: Of a class's name in a file's.
+MOST_LETTERS = 60
 
 
 class Worklist:
-    """Image i of ``labels`` becomes ``out/00000i.png``; files made with the same settings are kept.
+    """Image i of ``labels`` becomes ``out/00000i-LABEL-NAME.png``; files made with the same settings are kept.
 
     Raises ValueError for bad sampling arguments, a folder that cannot be written to, or files in the way that other
     settings made (unless ``overwrite``).
@@ -27,7 +30,7 @@ class Worklist:
     def __init__(
         self,
         pipeline: Pipeline,
-        labels: list[int],
+        labels: Sequence[Label],
         out: str | os.PathLike[str],
         *,
         seed: int = 0,
@@ -44,20 +47,29 @@ class Worklist:
         self.out = Path(out)
         _writable(self.out)
         digits = max(6, len(str(len(labels) - 1)))
-        self.paths = [self.out / f"{index:0{digits}d}.png" for index in range(len(labels))]
-        self.metadata = metadata_of(pipeline, self.sampling)
-        self.missing: list[int] = []
+        named = (file_words(label, pipeline.classes) for label in self.labels)
+        self.paths = [self.out / f"{index:0{digits}d}-{words}.png" for index, words in enumerate(named)]
+        self.metadata = pipeline.metadata(self.sampling)
+        there, self.missing = _numbered(self.out), list[int]()
+        self._replaced: list[Path] = []  # image i of other labels
         for index, path in enumerate(self.paths):
-            if not path.exists():
-                self.missing.append(index)
-            elif read_metadata(path) == self.metadata[index]:
+            found = there.get(_number(path), [])
+            others = [other for other in found if other != path]
+            if not others and path in found and read_metadata(path) == self.metadata[index]:
                 continue
-            elif overwrite:
-                self.missing.append(index)
-            else:
+            if found and not overwrite:
                 raise ValueError(
-                    f"{path} is there already and was made with other settings; choose another folder, or --overwrite"
+                    f"{found[0]} is there already and was made with other settings; choose another folder, or --overwrite"
                 )
+            self.missing.append(index)
+            self._replaced += others
+
+    def prepare(self) -> None:
+        """Load what the first micro-batch runs, which else is a part of its time."""
+        if self.missing:
+            first = self.missing[: self.sampling.size]
+            guided = bool((self.sampling.guidance_scale[first] != 1.0).any())
+            self.pipeline.loop.prepare(guided, self.sampling.batch_size or len(first))
 
     def run(self, on_step: Callable[[Progress], object] | None = None) -> dict[str, float]:
         """Generate what is missing -> seconds by phase. Ctrl-C leaves all files there whose images were finished.
@@ -74,6 +86,7 @@ class Worklist:
                     done = [indices[row] for row in progress.rows]
                     given = ([part[index] for index in done] for part in (self.paths, self.metadata))
                     save_all(zip(progress.preview(), *given, strict=True))
+                    self._remove_replaced({_number(self.paths[index]) for index in done})
 
             made = self.pipeline.generate(
                 [self.labels[index] for index in indices],
@@ -85,6 +98,8 @@ class Worklist:
                 seed=sampling.seed,
                 indices=indices,
                 batch_size=sampling.batch_size,
+                schedule=sampling.schedule,
+                guidance_interval=sampling.guidance_interval,
                 callback=step,
             )
             for phase, seconds in made.timings.items():
@@ -92,23 +107,37 @@ class Worklist:
         self.missing = []
         return timings
 
+    def _remove_replaced(self, numbers: set[str]) -> None:
+        """Image i of other labels has another name: it goes when its successor is there."""
+        for path in [path for path in self._replaced if _number(path) in numbers]:
+            path.unlink(missing_ok=True)
+            self._replaced.remove(path)
+
     def images(self) -> list[Image.Image]:
         """All images of the list, read back from the folder."""
         side = self.pipeline.config.img_size
         return [read_png(path, (side, side)) for path in self.paths]
 
 
-def metadata_of(pipeline: Pipeline, sampling: Sampling) -> list[dict[str, Any]]:
-    """What the files of a request's images say of how they were made."""
-    manifest = file_sha256(pipeline.bundle.path(MANIFEST_NAME))
-    made_by = {"seed": sampling.seed, "precision": pipeline.precision, "bundle": manifest[:16]}
-    labels = [  # as JSON reads them back
-        {str(key): weight for key, weight in label.items()} if isinstance(label, dict) else label
-        for label in sampling.classes.shown()
-    ]
-    return [
-        sampling.settings(row) | made_by | {"index": index, "label": labels[row]} for row, index in enumerate(sampling.indices)
-    ]
+def _number(path: Path) -> str:
+    """What the name of an image's file begins with."""
+    return path.stem.partition("-")[0]
+
+
+def _numbered(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder that are images of a list, by their number."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("[0-9]*.png")):
+        found.setdefault(_number(path), []).append(path)
+    return found
+
+
+def file_words(label: int | dict[int, float], classes: Classes) -> str:
+    """A label as a part of a file's name: ``207-golden-retriever``, ``5``, ``3+8``."""
+    if isinstance(label, dict):
+        return "+".join(map(str, label))
+    words = re.sub(r"[^0-9a-z]+", "-", classes.short(label).casefold())[:MOST_LETTERS].strip("-")
+    return words if label == UNCONDITIONAL or words == str(label) else f"{label}-{words}".rstrip("-")
 
 
 def _writable(folder: Path) -> None:

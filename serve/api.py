@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from arinar.class_names import Classes
 from arinar.reading import parse_json
 from arinar.runtime import Pipeline
 from arinar.runtime.request import Sampling
 from arinar.text import shown
 
-from .classes import Classes
 from .errors import invalid, of_value, unknown
 
 #: Images of one request.
@@ -25,7 +25,7 @@ MOST_PREVIEWS = 256
 SEEDS = 1 << 32
 #: Fields that are lists, and such as are text.
 LISTS = ("labels", "indices")
-TEXTS = ("model", "prompt", "size", "response_format", "output_format", "cfg_schedule", "sampling_steps", "user")
+TEXTS = ("model", "prompt", "size", "response_format", "output_format", "cfg_schedule", "sampling_steps", "schedule", "user")
 #: What other programs call our parameters.
 MEANT = {
     "num_inference_steps": "num_iter",
@@ -52,7 +52,7 @@ class ImageRequest(BaseModel):
         None, description="A class: its id, or its name where that is one class's alone."
     )
     labels: Annotated[list[int], Field(min_length=1, max_length=MOST_IMAGES)] | None = Field(
-        None, description="Class ids, one for each image; in place of prompt and n."
+        None, description="Class ids, one for each image, -1 for none; in place of prompt and n."
     )
     n: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = Field(None, description="Images. [default: 1, or one a label]")
     size: str | None = Field(None, description="The model's own size, or auto.")
@@ -67,6 +67,10 @@ class ImageRequest(BaseModel):
     temperature: float | None = Field(None, description="Above 0; multiplies the std of what is drawn.")
     num_iter: int | None = Field(None, description="Outer steps.")
     sampling_steps: str | None = Field(None, max_length=100, description="Of a diffusion head: 100, ddim25, 25-5.")
+    schedule: str | None = Field(None, max_length=200, description="cosine, or staged:TOKENSxSTEPS,...: another law, faster.")
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="Shares of known tokens: guided between them alone."
+    )
     stream: bool | None = Field(None, description="Server-sent events: each step, then the images.")
     partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = Field(
         None, description="With stream: how often the unfinished images are shown."
@@ -84,7 +88,7 @@ class ImageRequest(BaseModel):
         if self.prompt in (None, ""):
             raise invalid("prompt is missing; give a class id or name (or labels, a list of ids)", "prompt", "missing")
         try:
-            label = classes.label(self.prompt)
+            label = classes.label(self.prompt, "prompt")
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
         return [label] * (self.n or 1)
@@ -107,6 +111,8 @@ class ImageRequest(BaseModel):
                 sampling_steps=self.sampling_steps,
                 seed=random.SystemRandom().randrange(SEEDS) if self.seed is None else self.seed,
                 indices=self.indices,
+                schedule=self.schedule,
+                guidance_interval=self.guidance_interval,
                 **more,
             )
         except ValueError as error:

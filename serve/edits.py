@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from arinar.runtime import Known
-from arinar.runtime.editing import Mask, Pixels, hide, paste_back, token_mask
-from arinar.runtime.edits import about_edit
+from arinar.runtime.editing import Mask, Pixels, about_edit, hide, paste_back, token_mask
 from arinar.runtime.request import Sampling
 
 from .api import EditRequest
@@ -57,7 +56,7 @@ class Edit:
             raise invalid(str(error), "mask") from None
         tokens = await service.run(lambda: pipeline.encode(hide(pixels, anew, config)))
         known = Known(np.ascontiguousarray(np.broadcast_to(tokens, blank.shape)), ~unknown)
-        about = about_edit(pixels, mask, asked.grow or 0, asked.paste is not False)
+        about = about_edit(pixels[0], mask[0], asked.grow or 0, asked.paste is not False)
         return cls(service, replace(sampling, known=known), pixels, anew, about)
 
     def pasted(self, image: Image.Image) -> Image.Image:

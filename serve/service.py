@@ -15,12 +15,10 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from arinar.runtime import Pipeline
-from arinar.runtime.bundle import MANIFEST_NAME, file_sha256
 from arinar.runtime.images import png_bytes
 from arinar.runtime.request import Sampling
 
 from .api import ImageDatum
-from .classes import Classes
 from .errors import ApiError, invalid, retry_after
 from .logs import log
 from .metrics import Metrics
@@ -69,9 +67,8 @@ class Service:
     def __init__(self, pipeline: Pipeline, options: Options | None = None) -> None:
         self.pipeline, self.options = pipeline, options or Options()
         self.name = self.options.name or pipeline.bundle.folder.resolve().name
-        self.classes = Classes(pipeline.config)
+        self.classes = pipeline.classes
         self.created = int(time.time())
-        self._bundle = file_sha256(pipeline.bundle.path(MANIFEST_NAME))[:16]
         self._scheduler: Scheduler | None = None
         self.metrics = Metrics(
             lambda: self._scheduler.depth if self._scheduler else 0, lambda: self._scheduler.running if self._scheduler else 0
@@ -152,7 +149,7 @@ class Service:
             "owned_by": "arinar",
             "size": f"{config.img_size}x{config.img_size}",
             "num_classes": config.num_classes,
-            "class_names": list(config.class_names) or None,
+            "class_names": list(self.classes.names) or None,
             "outer": config.outer,
             "tokens": config.seq_len,
             "grid": config.grid_size,
@@ -165,7 +162,7 @@ class Service:
             "batch_size": scheduler.max_batch if scheduler else None,
             "backend": self.pipeline.backend.name,
             "precision": self.pipeline.precision,
-            "bundle": self._bundle,
+            "bundle": self.pipeline.made_by["bundle"],
         }
 
     # Requests.
@@ -188,8 +185,7 @@ class Service:
         """An image of a request, as its answer has it. ``more``: for the PNG to tell."""
         label, index = int(sampling.labels[row]), int(sampling.indices[row])
         about = {"label": label, "seed": sampling.seed, "index": index, "batch_size": self.scheduler.max_batch}
-        made_by = {"precision": self.pipeline.precision, "bundle": self._bundle}
-        data = await asyncio.to_thread(png_bytes, image, sampling.settings(row) | about | made_by | more)
+        data = await asyncio.to_thread(png_bytes, image, sampling.settings(row) | about | self.pipeline.made_by | more)
         return ImageDatum(
             b64_json=base64.b64encode(data).decode(),
             seed=sampling.seed,

@@ -12,6 +12,7 @@ import enum
 import json
 import math
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -26,6 +27,9 @@ from arinar.runtime.bundle import Bundle, GraphInfo, file_sha256
 STREAM = 7001
 CAPABILITY = "9.0"
 Operation = Callable[[], None]
+Function = Callable[[dict[str, np.ndarray], Sequence[str]], Sequence[np.ndarray]]
+#: By name: address, shape, dtype.
+Tensors = Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
 
 
 class cudaError_t(enum.IntEnum):
@@ -89,6 +93,10 @@ class FakeCudaRuntime:
 
     def enqueue(self, operation: Operation) -> None:
         (self.queue if self.captured is None else self.captured).append(operation)
+
+    def compute(self, function: Function, inputs: Tensors, run: Operation) -> None:
+        """A launch of a graph; a recorder does without computing it."""
+        self.enqueue(run)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -204,6 +212,10 @@ class FakeCudaRuntime:
     def cudaEventSynchronize(self, event: int) -> None:
         self.cudaStreamSynchronize(STREAM)
 
+    def cudaEventElapsedTime(self, first: int, second: int) -> float:
+        assert first < second
+        return 0.5
+
     def cudaEventDestroy(self, event: int) -> None:
         pass
 
@@ -247,26 +259,19 @@ class CpuGraph:
     sessions: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, path: str) -> None:
-        if path not in self.sessions:
+        self.path = path
+
+    def __call__(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> Sequence[np.ndarray]:
+        if self.path not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
-            self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.session = self.sessions[path]
-
-    def __call__(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        return self.session.run(list(outputs), feeds)
+            self.sessions[self.path] = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        results: Sequence[np.ndarray] = self.sessions[self.path].run(list(outputs), feeds)
+        return results
 
 
-Tensors = Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
-
-
-def compute(
-    runtime: FakeCudaRuntime,
-    function: Callable[[dict[str, np.ndarray], Sequence[str]], Sequence[np.ndarray]],
-    inputs: Tensors,
-    outputs: Tensors,
-) -> None:
-    """Enqueue a computation on arrays in device memory; tensors are (address, shape, dtype)."""
+def compute(runtime: FakeCudaRuntime, function: Function, inputs: Tensors, outputs: Tensors) -> None:
+    """Enqueue a computation on arrays in device memory."""
     for name, (address, shape, dtype) in {**inputs, **outputs}.items():
         assert address, f"{name} has no address"
         assert address % 256 == 0, f"{name} is not aligned"
@@ -284,7 +289,7 @@ def compute(
             assert target.shape == value.shape and target.dtype == value.dtype
             target[...] = value
 
-    runtime.enqueue(run)
+    runtime.compute(function, inputs, run)
 
 
 # -------------------------------------------------------------------------------------------------------- TensorRT
@@ -315,7 +320,7 @@ def make_engines(
             onnx_sha256=graph_hash(bundle, precision, name),
             opset=graph.opset,
             batch=batch,
-            profiles={},
+            profiles=(),
             flags=flags,
             size=path.stat().st_size,
             sha256=file_sha256(path),
@@ -396,6 +401,8 @@ class FakeContext:
         outputs = {t.name: (self.addresses[t.name], self.get_tensor_shape(t.name), np.dtype(t.dtype)) for t in info.outputs}
         for name, source in self.engine.aliases.items():
             assert self.addresses[name] == self.addresses[source], f"{name} is updated in place of {source}"
+        settled = [address for name, address in self.addresses.items() if name not in self.engine.aliases]
+        assert len(set(settled)) == len(settled), "two tensors at one address"
         regions = {address for address, shape, _ in inputs.values() if math.prod(shape)}
         for name, (address, shape, _) in outputs.items():
             assert name in self.engine.aliases or not math.prod(shape) or address not in regions, f"{name} is over an input"
@@ -525,7 +532,8 @@ PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def fake_onnxruntime(runtime: FakeCudaRuntime, active: Sequence[str] = PROVIDERS) -> Any:
-    """A module that stands for ONNX Runtime with a CUDA provider; ``sessions`` are those that were made."""
+    """A module that stands for ONNX Runtime with a CUDA provider; ``sessions`` are those that were made, ``refuses`` why
+    it makes none on the GPU, ``on_the_cpu`` operators that it leaves to the CPU, ``waits`` runs that ended with a wait."""
     module: Any = types.ModuleType("onnxruntime")
     module.__version__, module.__spec__, module.__file__ = "1.31.1", ModuleSpec("onnxruntime", None), __file__
     module.sessions = []
@@ -538,17 +546,41 @@ def fake_onnxruntime(runtime: FakeCudaRuntime, active: Sequence[str] = PROVIDERS
         def add_run_config_entry(self, key: str, value: str) -> None:
             self.entries[key] = value
 
+    class SessionOptions:
+        enable_mem_pattern = True
+
+        def __init__(self) -> None:
+            self.entries: dict[str, str] = {}
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            self.entries[key] = value
+
     class InferenceSession:
-        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+        def __init__(self, path: str, options: SessionOptions, providers: list[Any], enable_fallback: int = 1) -> None:
             (name, settings), fallback = providers
             assert name == "CUDAExecutionProvider" and fallback == "CPUExecutionProvider"
             assert settings["user_compute_stream"] == str(STREAM)
+            if module.refuses and not enable_fallback:
+                raise RuntimeError(module.refuses)
+            if module.refuses:  # as it does: it prints, and goes on with the CPU
+                print(f"EP Error {module.refuses} when using {providers}")
+            self.active = [fallback] if module.refuses else list(active)
+            self.options, self.runs = options, Counter[Any]()
             self.graph, self.path, self.settings, self.fail = CpuGraph(path), path, settings, ""
             self.bindings: list[FakeBinding] = []
             module.sessions.append(self)
 
         def get_providers(self) -> list[str]:
-            return list(active)
+            return self.active
+
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            """A record of one node each, as there are; nothing where it was not asked for."""
+            if self.options.entries.get("session.record_ep_graph_assignment_info") != "1":
+                return []
+            parts = [("CUDAExecutionProvider", "MatMul"), ("CPUExecutionProvider", "Shape")]
+            parts += [("CPUExecutionProvider", op) for op in module.on_the_cpu]
+            node = types.SimpleNamespace
+            return [node(ep_name=ep, get_nodes=lambda op=op: [node(op_type=op, name="n", domain="")]) for ep, op in parts]
 
         def io_binding(self) -> FakeBinding:
             self.bindings.append(FakeBinding())
@@ -559,10 +591,15 @@ def fake_onnxruntime(runtime: FakeCudaRuntime, active: Sequence[str] = PROVIDERS
             assert entry in {("disable_synchronize_execution_providers", value) for value in "01"}
             if self.fail:
                 raise RuntimeError(self.fail)
+            module.waits += entry[1] == "0"
+            shapes = tuple(shape for _, shape, _ in binding.inputs.values())
+            if runtime.captured is not None:  # the first run traces what memory it needs, the second takes it
+                assert self.runs[shapes] >= 2 and not self.options.enable_mem_pattern, "captured in a run that may allocate"
+            self.runs[shapes] += 1
             compute(runtime, self.graph, dict(binding.inputs), dict(binding.outputs))
 
-    module.RunOptions, module.InferenceSession = RunOptions, InferenceSession
-    module.SessionOptions = types.SimpleNamespace
+    module.RunOptions, module.InferenceSession, module.SessionOptions = RunOptions, InferenceSession, SessionOptions
+    module.refuses, module.on_the_cpu, module.waits = "", [], 0
     module.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     module.preload_dlls = lambda directory=None: module.preloaded.append(directory)
     return module

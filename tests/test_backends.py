@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -38,6 +39,12 @@ def load_cpu(monkeypatch: pytest.MonkeyPatch) -> Load:
     return lambda bundle, **options: Pipeline.load(bundle, backend="onnxruntime-cpu", threads=2, verify=False, **options)
 
 
+def load_openvino(monkeypatch: pytest.MonkeyPatch) -> Load:
+    if not os.environ.get("ARINAR_OPENVINO"):
+        pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    return lambda bundle, **options: Pipeline.load(bundle, backend="openvino", threads=2, verify=False, **options)
+
+
 def load_gpu(name: str) -> Callable[[pytest.MonkeyPatch], Load]:
     def prepare(monkeypatch: pytest.MonkeyPatch) -> Load:
         runtime = FakeCudaRuntime()
@@ -58,6 +65,7 @@ LOADERS: dict[str, Callable[[pytest.MonkeyPatch], Load]] = {
     "onnxruntime-cpu": load_cpu,
     "onnxruntime-cuda": load_gpu("onnxruntime-cuda"),
     "tensorrt": load_gpu("tensorrt"),
+    "openvino": load_openvino,
 }
 
 

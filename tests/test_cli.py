@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+from click.shell_completion import get_completion_class
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from arinar.cli import main
-from arinar.cli.common import parse_labels
+from arinar.cli.common import parse_labels, program, running
+from arinar.runtime import Bundle, Pipeline
 from arinar.runtime.images import read_metadata
 
 
@@ -32,6 +38,10 @@ def fails(result: Result, code: int, *words: str) -> None:
 def test_labels() -> None:
     assert parse_labels("207,360") == [207, 360]
     assert parse_labels("0-3, 7,5-5") == [0, 1, 2, 3, 7, 5]
+    assert parse_labels("golden retriever, -1,3,jack-o'-lantern") == ["golden retriever", -1, 3, "jack-o'-lantern"]
+    for text in ("5-1", "", "1,,2", "-3", "1--2", "9" * 40):
+        with pytest.raises(click.BadParameter):
+            parse_labels(text)
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
@@ -40,27 +50,78 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert result.exit_code == 0 and "Example:  arinar" in result.output
 
 
+def test_help_lists_every_command_whole() -> None:
+    lines = arinar("--help").output
+    assert "..." not in lines.replace("[ARGS]...", "") and "Other:" not in lines
+    places = [lines.index(f"\n  {name} ") for name in ("demo", "train", "export", "parity", "generate", "completion")]
+    assert places == sorted(places)
+    for name, command in main.commands.items():
+        assert f"\n  {name} " in lines and len(command.get_short_help_str(1000)) <= 80, name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = arinar("completion", shell)
+    assert script.exit_code == 0 and "_ARINAR_COMPLETE" in script.output and "arinar" in script.output
+    kind = get_completion_class(shell)
+    assert kind is not None
+    complete = kind(main, {}, "arinar", "_ARINAR_COMPLETE").get_completions
+    assert {item.value for item in complete([], "gen")} == {"generate"}
+    assert "--labels" in {item.value for item in complete(["generate"], "--lab")}
+    assert {item.value for item in complete(["export", "--vae-precision"], "fp")} == {"fp32", "fp16"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_takes_the_script() -> None:
+    script = arinar("completion", "bash").output
+    subprocess.run(["bash", "-euc", f"{script}\ntype _arinar_completion > /dev/null"], check=True)
+
+
+def test_what_comes_next_is_a_command_that_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "bin" / "arinar"
+    here.parent.mkdir()
+    here.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(here)])
+    assert program() == str(here)  # not on the path
+    monkeypatch.setenv("PATH", str(here.parent))
+    assert program() == "arinar"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/arinar/__main__.py"])
+    assert program() == f"{sys.executable} -m arinar"
+
+
+def test_generate_tells_the_precision_and_what_to_do_next(digits_bundle: Path, tmp_path: Path) -> None:
+    result = arinar("generate", digits_bundle, "--labels", "3", "-o", tmp_path)
+    assert "precision fp32 on onnxruntime-cpu\n" in result.stderr and "next: look at" in result.stderr
+    manifest = Bundle.open(digits_bundle).manifest
+    both = replace(manifest, graphs=manifest.graphs | {"mine": manifest.graphs["fp32"]}, schemes={"mine": "int8"})
+    with Pipeline.load(digits_bundle) as pipe:
+        pipe.bundle = Bundle(digits_bundle, both)
+        assert running(pipe) == "precision fp32 on onnxruntime-cpu; faster here: --precision mine"
+        pipe.precision = "mine"
+        assert running(pipe) == "precision mine on onnxruntime-cpu"
+
+
 def test_generate_writes_numbered_files_with_metadata_and_a_grid(digits_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = arinar("generate", digits_bundle, "--labels", "3,5", "--per-label", 2, "-o", out, "--grid", "--seed", 4, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["labels"] == [3, 3, 5, 5] and report["made"] == 4 and report["timings"]["total"] > 0
-    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
-    metadata = read_metadata(out / "000002.png")
+    assert sorted(p.name for p in out.iterdir()) == ["000000-3.png", "000001-3.png", "000002-5.png", "000003-5.png", "grid.png"]
+    metadata = read_metadata(out / "000002-5.png")
     assert metadata is not None and metadata["label"] == 5 and metadata["seed"] == 4 and metadata["index"] == 2
     with Image.open(out / "grid.png") as grid:
-        assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
+        assert grid.size[0] > 2 * 34 + 2 and grid.size[1] == 2 * 34 + 2  # the rows' labels are left of them
 
 
 def test_generate_resumes_and_refuses_files_made_otherwise(digits_bundle: Path, tmp_path: Path) -> None:
     words = ("generate", digits_bundle, "--labels", "0-5", "-o", tmp_path, "--batch-size", 2)
     assert arinar(*words).exit_code == 0
     first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    (tmp_path / "000003.png").unlink()
-    (tmp_path / "000004.png").write_bytes(first["000004.png"][:100])  # half written by something else
-    fails(arinar(*words), 2, "000004.png", "other settings", "--overwrite")
-    (tmp_path / "000004.png").unlink()
+    (tmp_path / "000003-3.png").unlink()
+    (tmp_path / "000004-4.png").write_bytes(first["000004-4.png"][:100])  # half written by something else
+    fails(arinar(*words), 2, "000004-4.png", "other settings", "--overwrite")
+    (tmp_path / "000004-4.png").unlink()
     result = arinar(*words)
     assert result.exit_code == 0 and "4 of 6 images are already" in result.output
     again = {p.name: np.asarray(Image.open(p)).astype(int) for p in tmp_path.iterdir()}
@@ -69,9 +130,9 @@ def test_generate_resumes_and_refuses_files_made_otherwise(digits_bundle: Path, 
     assert arinar(*words[:4], "-o", reference, "--batch-size", 2).exit_code == 0
     for name, pixels in again.items():
         assert np.abs(pixels - np.asarray(Image.open(reference / name)).astype(int)).max() <= 1
-    fails(arinar(*words, "--seed", 1), 2, "000000.png", "other settings")
+    fails(arinar(*words, "--seed", 1), 2, "000000-0.png", "other settings")
     assert arinar(*words, "--seed", 1, "--overwrite").exit_code == 0
-    assert (tmp_path / "000000.png").read_bytes() != first["000000.png"]
+    assert (tmp_path / "000000-0.png").read_bytes() != first["000000-0.png"]
 
 
 def test_generate_with_low_memory_makes_the_same_files(digits_bundle: Path, tmp_path: Path) -> None:
@@ -92,7 +153,7 @@ def test_bad_input_is_one_line_and_exit_code_2(digits_bundle: Path, tmp_path: Pa
     fails(arinar(*generate, "--labels", "3", "--num-iter", 17), 2, "num_iter is 17")
     fails(arinar(*generate, "--labels", "3", "--seed", -1), 2, "seed is -1")
     fails(arinar(*generate, "--labels", "3", "--backend", "abacus"), 2, "abacus", "onnxruntime-cpu")
-    assert arinar(*generate, "--labels", "three").exit_code == 2
+    fails(arinar(*generate, "--labels", "three"), 2, "labels[0] is 'three', no class of this model")
     assert arinar(*generate, "--labels", "5-1").exit_code == 2
     fails(arinar("generate", tmp_path / "none", "--labels", 1, "-o", tmp_path / "x"), 2, "is not a bundle")
     (tmp_path / "file").write_text("x")
@@ -117,7 +178,10 @@ def test_export_of_a_foreign_checkpoint_without_vae(golden: Path, tmp_path: Path
 
 def test_inspect_bundle_checkpoint_and_demo(digits_bundle: Path, tmp_path: Path) -> None:
     text = arinar("inspect", digits_bundle)
-    assert text.exit_code == 0 and "all hashes match" in text.output and "outer_step" in text.output
+    assert text.exit_code == 0 and "all hashes match" in text.output and len(text.output.splitlines()) <= 24
+    for words in ("0, 1, 2, ... 9", "12 outer steps, guidance 4", "onnxruntime-cpu", "next: arinar generate"):
+        assert words in text.output
+    assert "outer_step" not in text.output and "outer_step" in arinar("inspect", digits_bundle, "--graphs").output
     assert json.loads(arinar("inspect", digits_bundle, "--json").stdout)["format_version"] == 2
     info = json.loads(arinar("inspect", "digits", "--json").stdout)
     assert info["kind"] == "arinar" and info["config"]["img_size"] == 32

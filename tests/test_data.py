@@ -108,6 +108,22 @@ def test_folder_split_follows_the_seed(tmp_path: Path) -> None:
     assert prints[0] == load_dataset(root, img_size=8, held_out=0.25, seed=0).fingerprint()
 
 
+def test_a_folder_of_train_and_val_is_split_already(tmp_path: Path) -> None:
+    for part, counts in (("train", {"dog": 6, "cat": 4}), ("val", {"cat": 1, "dog": 2})):
+        (tmp_path / part).mkdir()
+        _folder(tmp_path / part, counts)
+    data = load_dataset(tmp_path, img_size=8, held_out=0.5, seed=3)
+    assert data.class_names == ("cat", "dog")
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 6 and data.held_out.labels.tolist() == [0, 1, 1]
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "cow")
+    with pytest.raises(ValueError, match=r"train and val have different classes \(cat, cow\)"):
+        load_dataset(tmp_path, img_size=8)
+
+
+def test_two_classes_may_be_called_train_and_val(tmp_path: Path) -> None:
+    assert load_dataset(_folder(tmp_path, {"train": 3, "val": 3}), img_size=8).class_names == ("train", "val")
+
+
 def test_one_class_is_fine(tmp_path: Path) -> None:
     assert load_dataset(_folder(tmp_path, {"only": 3}), img_size=8).class_names == ("only",)
 

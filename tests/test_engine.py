@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_bundles import TINY, TINY_CAUSAL, TINY_MAR, tiny_bundle, tiny_model
 
+import arinar
 from arinar.cli import main
 from arinar.config import PRESETS
 from arinar.export import engine as engine_module
@@ -133,6 +137,43 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "fake_trt"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of other systems")
+def test_sigterm_in_the_middle_of_a_build_leaves_no_litter(tmp_path: Path) -> None:
+    """What was built before stays, the child is gone, and nothing half-written lies about."""
+    (tmp_path / "library").mkdir()
+    hang = 'open(os.environ["CHILD"], "w").write(str(os.getpid()))'
+    talk = """print('\\narinar-build: {"progress": "half way"}', flush=True)"""
+    fake = FAKE.replace("            time.sleep(60)", f"            {hang}; {talk}; time.sleep(600)")
+    (tmp_path / "library" / "tensorrt.py").write_text(fake)
+    bundle = make_bundle(tmp_path / "bundle", {"first": "quick", "second": "hang"})
+    root = Path(arinar.__file__).parent.parent
+    places = os.pathsep.join([str(tmp_path / "library"), str(root)])
+    words = ["build", str(bundle.folder), "--precision", "fp16", "--compute-capability", "8.0"]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "arinar", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": places, "CHILD": str(tmp_path / "child")},
+    )
+    assert command.stderr is not None
+    said = ""
+    for line in command.stderr:
+        said += line
+        if "half way" in line:
+            assert any(path.name.startswith(".") for path in bundle.folder.rglob("*"))  # being written
+            command.terminate()
+            break
+    said += command.communicate(timeout=60)[1]
+    assert command.returncode == 143 and said.splitlines()[-1] == "arinar: error: terminated", said
+    assert [engine.info.graph for engine in list_engines(bundle)] == ["first"]
+    assert sorted(path.name for path in (bundle.folder / "engines").rglob("*.*")) == sorted(
+        [list_engines(bundle)[0].path.parent.name, "first.engine", "first.json"]
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
+
+
 def make_bundle(folder: Path, texts: dict[str, str]) -> Bundle:
     """A bundle whose graphs are these texts."""
     graphs, files = {}, {}
@@ -182,6 +223,7 @@ def test_builds_into_the_bundle_with_sidecars(bundle: Bundle, fake: str) -> None
     text = (folder / "first.engine").read_text()
     assert "not TF32" in text and "VERSION_COMPATIBLE" in text and "workspace 1048576" in text and "SM80|SM120" in text
     assert "'x': ((1, 3), (2, 3), (4, 3))" in text
+    assert text.count("'x'") == 1  # one profile, where all would be the same
     found = {engine.info.graph: engine for engine in list_engines(bundle)}
     assert set(found) == set(GRAPHS)
     assert found["first"].info == outcomes[0].info
@@ -190,6 +232,20 @@ def test_builds_into_the_bundle_with_sidecars(bundle: Bundle, fake: str) -> None
     assert leftovers(bundle.folder) == []
     assert (bundle.folder / MANIFEST_NAME).read_bytes() == before
     assert any("first: building" in line for line in said)
+
+
+def test_products_of_the_decoder_alone_are_tf32(tmp_path: Path, fake: str) -> None:
+    bundle = make_bundle(tmp_path / "bundle", dict.fromkeys(("outer_step", "vae_decoder", "vae_encoder"), "fine"))
+    names = list(bundle.manifest.graphs["fp16"])
+    made = build_engines(bundle, module=fake, graphs=names)
+    assert {o.graph: "not TF32" in o.path.read_text() for o in made} == {
+        "outer_step": True,
+        "vae_decoder": False,
+        "vae_encoder": True,
+    }
+    without = build_engines(bundle, module=fake, graphs=names, tf32=False)
+    assert states(without) == {"outer_step": "reused", "vae_decoder": "built", "vae_encoder": "reused"}
+    assert all("not TF32" in o.path.read_text() for o in without)
 
 
 def test_what_has_not_changed_is_kept(bundle: Bundle, fake: str) -> None:
@@ -211,7 +267,7 @@ def test_dry_run_writes_nothing(bundle: Bundle, fake: str) -> None:
     outcomes = build_engines(bundle, module=fake, dry_run=True)
     assert states(outcomes) == dict.fromkeys(GRAPHS, "planned")
     assert not (bundle.folder / "engines").exists()
-    assert outcomes[0].info.profiles == {"x": ((1, 3), (8, 3), (64, 3))}
+    assert outcomes[0].info.profiles == ({"x": ((1, 3), (8, 3), (64, 3))},)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +294,7 @@ def test_a_hanging_build_is_ended(tmp_path: Path, fake: str) -> None:
     bundle = make_bundle(tmp_path / "bundle", {"first": "hang"})
     (outcome,) = build_engines(bundle, module=fake, timeout=3)
     assert outcome.state == "failed" and "did not finish within 3 s" in outcome.error
-    assert not any((bundle.folder / "engines").iterdir())
+    assert not (bundle.folder / "engines").exists()
 
 
 def test_a_failed_rebuild_keeps_the_old_engine(bundle: Bundle, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +409,7 @@ def sidecar(**changes: Any) -> EngineInfo:
         "onnx_sha256": "a" * 64,
         "opset": 20,
         "batch": (1, 8, 64),
-        "profiles": {"x": ((1, 3), (8, 3), (64, 3))},
+        "profiles": ({"x": ((1, 3), (8, 3), (64, 3))},),
         "flags": {},
         "size": 3,
         "sha256": "b" * 64,
@@ -367,8 +423,8 @@ def test_sidecar_round_trip_and_damage() -> None:
     for text in ("", "[]", "{}", "3", info.to_json().replace('"batch"', '"bunch"')):
         with pytest.raises(ValueError):
             EngineInfo.from_json(text)
-    with pytest.raises(ValueError, match="version 2; this version of arinar reads 1"):
-        EngineInfo.from_json(info.to_json().replace('"sidecar_version": 1', '"sidecar_version": 2'))
+    with pytest.raises(ValueError, match="version 3; this version of arinar reads 2: build it again"):
+        EngineInfo.from_json(info.to_json().replace('"sidecar_version": 2', '"sidecar_version": 3'))
 
 
 @pytest.mark.parametrize(
@@ -463,9 +519,10 @@ def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
 
     config, least = PRESETS[name], 4
     batch = (2, 8, 16)
-    axes = axis_ranges(config, batch, least, config.default_num_iter)
-    for low, usual, high in axes.values():
-        assert low <= usual <= high
+    bands = axis_ranges(config, batch, least, config.default_num_iter)
+    for axes in bands:
+        for low, usual, high in axes.values():
+            assert low <= usual <= high
     length = config.seq_len
     counts = [length] if config.outer == "causal" else range(least, length + 1)
     for num_iter in counts:
@@ -474,13 +531,71 @@ def test_profiles_admit_every_step_of_every_schedule(name: str) -> None:
             for images in batch:
                 for branches in (1, 2):
                     sizes = seen | {"B": images, "G": branches, "M": step.count * images}
-                    for axis, size in sizes.items():
-                        if config.outer == "masked" or axis in "BGM":
-                            assert axes[axis][0] <= size <= axes[axis][2], (num_iter, step, axis)
+                    seen_by = [axis for axis in sizes if config.outer == "masked" or axis in "BGM"]
+                    fits = [all(axes[axis][0] <= sizes[axis] <= axes[axis][2] for axis in seen_by) for axes in bands]
+                    assert any(fits), (num_iter, step)
     outer = GraphInfo(
         "outer_step", "f", 20, tuple(TensorInfo(n, "int64", ("N",)) for n in CausalOuter.INPUTS[1:2]), (), "outer"
     )
-    assert profiles(outer, axes)["rows"] == ((2,), (16,), (32,))
+    assert profiles(outer, bands) == ({"rows": ((2,), (16,), (32,))},)
+
+
+def test_visible_and_hidden_tokens_have_opposite_ranges() -> None:
+    """No profile admits all tokens visible and hidden at once: that would make the largest tensors of what never occurs."""
+    config = PRESETS["base"]
+    bands = axis_ranges(config, (1, 8, 64), 16, 64, least_visible=1)
+    assert [axes["V"] for axes in bands] == [(1, 32, 63), (64, 95, 127), (128, 159, 191), (192, 223, 255)]
+    assert [axes["U"][1] for axes in bands] == sorted((axes["U"][1] for axes in bands), reverse=True)
+    most = max(axes["V"][2] + axes["P"][2] + axes["U"][2] for axes in bands)
+    assert most < config.seq_len + 64 + 25
+    assert axis_ranges(config, (1, 8, 64), 16, 64)[0]["V"][0] == 0  # without a graph for first steps
+
+
+def test_tensors_too_large_for_the_library_are_refused_when_a_build_is_planned(
+    shared_folder: Path, fake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(tiny_bundle(shared_folder, TINY))
+    monkeypatch.setattr(engine_module, "MOST_ELEMENTS", 100_000)
+    arguments: dict[str, Any] = {"module": fake, "precision": "fp32", "graphs": ["outer_step"], "dry_run": True}
+    with pytest.raises(
+        BundleError, match=r"graph 'outer_step' makes of 64 images a tensor .* elements.*--batch 1:8:(\d+)"
+    ) as told:
+        build_engines(bundle, batch=(1, 8, 64), **arguments)
+    fits = int(str(told.value).rpartition(":")[2])
+    (outcome,) = build_engines(bundle, batch=(1, 1, fits), **arguments)
+    assert len(outcome.info.profiles) == 4
+    with pytest.raises(BundleError, match="--batch"):
+        build_engines(bundle, batch=(1, 1, fits + 1), **arguments)
+
+
+def test_sizes_are_those_that_the_exporter_wrote(shared_folder: Path) -> None:
+    """Against shapes that ONNX Runtime makes, of every tensor of a graph."""
+    onnx = pytest.importorskip("onnx")
+    import onnxruntime
+
+    from arinar.export.sizes import evaluate, largest_tensor, tensor_dims
+
+    bundle = Bundle.open(tiny_bundle(shared_folder, TINY))
+    path = bundle.graph_path(bundle.manifest.graphs["fp32"]["outer_step"])
+    dims = tensor_dims(path)
+    model = onnx.load(path)
+    made = {name for node in model.graph.node for name in node.output}
+    values = [value for value in model.graph.value_info if value.name in made]
+    model.graph.output.extend(values)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    from arinar.export.graphs import graph_specs
+
+    spec = graph_specs(*tiny_model(TINY))["outer_step"]
+    sizes = spec.sizes[-1]
+    names = [output.name for output in session.get_outputs()]
+    shapes = {name: array.shape for name, array in zip(names, session.run(names, spec.example(sizes)), strict=True)}
+    assert len(shapes) > 100
+    for name, shape in shapes.items():
+        if name in dims and name != "z":
+            assert tuple(evaluate(dim, sizes) for dim in dims[name]) == shape, name
+    name, shape = largest_tensor(path, sizes)
+    assert np.prod(shape) == max(np.prod(shape) for shape in shapes.values())
+    assert evaluate("__import__('os')", {}) is evaluate("B +", {"B": 1}) is evaluate("C", {}) is None
 
 
 # ------------------------------------------------------------------------------------------- the real library

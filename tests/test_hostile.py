@@ -397,7 +397,7 @@ def test_every_entry_of_a_config_has_its_type_and_range(kind: Any) -> None:
         ({"class_names": [1, 2]}, "class_names holds 1; expected texts"),
         ({"class_names": ["x" * 100_000]}, "class_names holds 'x+...; expected texts of at most 1000"),
         ({"latent_scale": [0.1] * 15}, "latent_scale has 15 values; expected one number or 16"),
-        ({"latent_shift": [float("nan")] * 16}, "latent_shift is nan; expected a number"),
+        ({"latent_shift": [float("nan")] * 16}, "latent_shift is nan; expected a finite number"),
         ({"img_size": 32768}, "makes 4,194,304 tokens of an image; expected at most 65,536"),
         ({"outer": ["masked"]}, "outer is \\['masked'\\]; choose one of masked, causal"),
         ({"x" * 100_000: 1}, r"unknown entries x+\.\.\.; mistyped"),
@@ -527,21 +527,65 @@ def test_recordings_of_another_model_are_refused(tmp_path: Path, digits_bundle: 
 
     bundle = Bundle.open(digits_bundle)
     sampling = check_arguments(bundle.manifest.config, bundle.manifest.defaults, num_images=4)[1]
-    names = [tensor.name for tensor in bundle.manifest.precision_graphs("fp32")["outer_step"].inputs]
-    feed = {"sample|0|feed|tokens": None} | {f"sample|0|feed|{name}": np.zeros(3) for name in names}
+    sizes = {"B": 4, "G": 2, "V": 10, "P": 2, "U": 4}
+    feed: dict[str, Any] = {"sample|0|feed|tokens": None}
+    for tensor in bundle.manifest.precision_graphs("fp32")["outer_step"].inputs:
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+        feed[f"sample|0|feed|{tensor.name}"] = np.zeros(shape, tensor.dtype)
     width = bundle.manifest.config.token_dim
     right = feed | {"sample|0|tokens": np.zeros((2, width))}
     path = tmp_path / "c.npz"
     _check_samples(Recording.load(recording_with(path, {}, right)).samples, bundle, sampling)
+
+    def fed(**arrays: Any) -> dict[str, Any]:
+        return right | {f"sample|0|feed|{name}": value for name, value in arrays.items()}
+
     for changes, arrays in [
         ({}, feed),
         ({"samples": [["vae_decoder", 0]]}, right),
         ({"samples": [["outer_step", 99]]}, right),
         ({}, right | {"sample|0|labels": np.array([0, 10])}),
         ({}, right | {"sample|0|feed|surprise": np.zeros(1)}),
+        # Shapes: of too few axes, of another width, two sizes of one axis, more images than a micro-batch has; a type;
+        # values that point beside the table, and such that are none.
+        ({}, fed(visible_tokens=np.zeros(3, np.float32))),
+        ({}, fed(visible_tokens=np.zeros((10, 4, width + 1), np.float32))),
+        ({}, fed(visible_tokens=np.zeros((11, 4, width), np.float32))),
+        ({}, fed(target_positions=np.zeros((100_000, 4), np.int64))),
+        ({}, {name: np.zeros(1, value.dtype) if value is not None else None for name, value in fed().items()}),
+        ({}, fed(labels=np.zeros((200, 4), np.int64))),
+        ({}, fed(labels=np.zeros((2, 4), np.float32))),
+        ({}, fed(labels=np.full((2, 4), 10))),
+        ({}, fed(labels=np.full((2, 4), -(2**63)))),
+        ({}, fed(target_positions=np.full((2, 4), 16))),
+        ({}, fed(visible_tokens=np.full((10, 4, width), np.nan, np.float32))),
+        ({}, fed(visible_tokens=np.full((10, 4, width), np.inf, np.float32))),
     ]:
-        with pytest.raises(CalibrationError, match="are not this model's; delete it and calibrate again"):
+        with pytest.raises(CalibrationError, match="are not this model's; delete it and calibrate again|is damaged"):
             _check_samples(Recording.load(recording_with(path, changes, arrays)).samples, bundle, sampling)
+
+
+@pytest.mark.parametrize("wrong", ["scalars", "histogram", "channel_absmax", "step_absmax", "maxima", "none"])
+def test_statistics_of_recordings_are_of_the_models_shapes(wrong: str, tmp_path: Path, digits_bundle: Path) -> None:
+    """Of a real recording one array is made ten times as long: an error that says so, and no run on it."""
+    from arinar.calibration.collect import collect
+    from arinar.calibration.recording import CalibrationError
+    from arinar.runtime.bundle import Bundle
+
+    bundle, path = Bundle.open(digits_bundle), tmp_path / "c.npz"
+    collect(bundle, num_images=4, labels=[3], batch_size=4, num_iter=2, partial=path)
+    with np.load(path) as kept:
+        arrays = dict(kept)
+    name = next((name for name in arrays if wrong in name), None)
+    if name is not None:
+        arrays[name] = np.concatenate([arrays[name]] * 10)
+    np.savez_compressed(path, **arrays)
+    again = lambda: collect(bundle, num_images=4, labels=[3], batch_size=4, num_iter=2, partial=path)  # noqa: E731
+    if wrong == "none":
+        again()
+        return
+    with pytest.raises(CalibrationError, match="delete it and calibrate again"):
+        again()
 
 
 def test_statistics_are_read_within_bounds(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ PLAIN = {
         "law",
         "mixture_law",
         "reading",
+        "rows",
         "schedule",
         "schemes",
         "text",
@@ -42,7 +43,25 @@ TORCH_FREE = {
     *(f"arinar.export.{name}" for name in ("layers", "onnx_edit")),
     *(
         f"arinar.measure.{name}"
-        for name in ("bench", "bench_report", "charts", "checks", "cost", "distances", "features", "parity_report", "peaks")
+        for name in (
+            "bench",
+            "bench_report",
+            "charts",
+            "checks",
+            "cost",
+            "distances",
+            "evaluate",
+            "evaluation_report",
+            "features",
+            "image_sets",
+            "launches",
+            "moments",
+            "parity_report",
+            "peaks",
+            "plans",
+            "sweep",
+            "sweep_report",
+        )
     ),
 }
 #: Room -> what it may import of the others: whole rooms, or single modules.

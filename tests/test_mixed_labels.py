@@ -146,10 +146,10 @@ def test_mixtures_of_the_same_classes_are_told_apart(pipeline: Pipeline) -> None
 def test_files_say_what_they_are_of_and_are_kept(pipeline: Pipeline, tmp_path: Path) -> None:
     labels: list[Any] = [{3: 1, 8: 2}, 7]
     Worklist(pipeline, labels, tmp_path).run()
-    metadata = read_metadata(tmp_path / "000000.png")
+    metadata = read_metadata(next(tmp_path.glob("000000-*.png")))
     assert metadata is not None and metadata["label"].keys() == {"3", "8"} and metadata["label"]["3"] == pytest.approx(1 / 3)
     assert Worklist(pipeline, labels, tmp_path).missing == []
-    with pytest.raises(ValueError, match=r"000000.png is there already and was made with other settings"):
+    with pytest.raises(ValueError, match=r"000000-.*png is there already and was made with other settings"):
         Worklist(pipeline, [{3: 1, 8: 3}, 7], tmp_path)
 
 

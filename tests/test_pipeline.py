@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
-from arinar.runtime import Noise, Pipeline, Progress
+from arinar.runtime import Bundle, Known, Noise, Pipeline, Progress
+from arinar.runtime.backends import BACKENDS, BackendOptions, backend_options
 
 KINDS = ("digits", "digits-causal")
 
@@ -151,9 +155,9 @@ def test_progress(pipeline: Pipeline) -> None:
     [
         ([], "labels is empty"),
         ([10], "label 10 is out of range; this model has classes 0..9"),
-        ([-1], "label -1 is out of range"),
+        ([-2], "label -2 is out of range"),
         ([1.0], "labels is float64"),
-        (["3"], "labels is <U1"),
+        (["three"], r"labels\[0\] is 'three', no class of this model"),
         ([True], "labels is bool"),
         ([[1, 2]], r"with shape \(1, 2\)"),
         (3, r"with shape \(\)"),
@@ -214,3 +218,49 @@ def test_tokens_to_latents_undoes_patchify_and_the_order() -> None:
     assert np.array_equal(raster.numpy(), tokens)
     want = denormalize(unpatchify(torch.from_numpy(tokens), 2), config)
     torch.testing.assert_close(latents, want)
+
+
+def test_a_closed_pipeline_says_so_and_has_let_go(digits_bundle: Path) -> None:
+    with Pipeline.load(digits_bundle, threads=2) as pipe:
+        backend, stream = weakref.ref(pipe.backend), pipe.stream([1], num_iter=4)
+        next(stream)
+        assert repr(pipe) == f"Pipeline({str(digits_bundle)!r}, fp32, onnxruntime-cpu, threads=2, low_memory=False)"
+    assert repr(pipe).endswith("closed)")
+    for call in (
+        lambda: next(stream),
+        lambda: pipe.generate([1]),
+        lambda: pipe.encode(Image.new("RGB", (32, 32))),
+        lambda: pipe.backend.describe(),
+    ):
+        with pytest.raises(RuntimeError, match="this pipeline is closed; load the bundle again"):
+            call()
+    stream.close()
+    pipe.close()
+    gc.collect()
+    assert backend() is None
+
+    def close(progress: Progress) -> None:
+        pipe.close()
+
+    pipe = Pipeline.load(digits_bundle)
+    with pytest.raises(RuntimeError, match="in the middle of a call"):
+        pipe.generate([1], callback=close)
+    assert pipe.generate([1], num_iter=2).images
+
+
+def test_what_a_bundle_offers_here_and_how_things_show_themselves(digits_bundle: Path) -> None:
+    bundle = Bundle.open(digits_bundle)
+    assert bundle.precisions == ("fp32",) and "fp32" in repr(bundle) and bundle.size() == bundle.size("fp32") > 1e6
+    assert Pipeline.available(digits_bundle) == {"fp32": ["onnxruntime-cpu"]}
+    with Pipeline.load(digits_bundle) as pipe:
+        made = pipe.generate([1, 2], num_iter=2)
+        known = Known(made.tokens, np.ones(made.tokens.shape[:2], bool))
+        for thing in (bundle, bundle.manifest, made, known, Noise.from_seed(0, [0], pipe.config), pipe):
+            assert len(repr(thing)) < 200 and "array" not in repr(thing), repr(thing)
+        assert made.images[1].info["label"] == 2 and made.images[1].info["num_iter"] == 2
+        given = pipe.generate([1], noise=Noise.from_seed(7, [0], pipe.config))
+        assert given.seed is None and given.images[0].info["seed"] is None
+
+
+def test_the_options_of_all_backends_are_declared() -> None:
+    assert set(BackendOptions.__annotations__) == {option for name in BACKENDS for option in backend_options(name)}

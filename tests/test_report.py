@@ -14,8 +14,8 @@ pytest.importorskip("torch")
 
 from arinar.gmm_law import LAW
 from arinar.measure.charts import bar_plot, heat_map, line_plot, round_ticks
-from arinar.measure.checks import Check, ParityReport, parse_thresholds
-from arinar.measure.parity_report import render, write_report
+from arinar.measure.checks import LEVELS, Check, ParityReport, parse_thresholds
+from arinar.measure.parity_report import SHOWS, render, write_report
 
 
 @pytest.fixture
@@ -195,3 +195,8 @@ def test_ticks_are_few_round_and_reach_the_largest_value(most: float) -> None:
 
 def test_ticks_of_nothing() -> None:
     assert round_ticks(0.0)[-1] == 1.0 and round_ticks(0.0, whole=True) == [0.0, 1.0]
+
+
+def test_every_level_says_what_it_shows_and_what_it_does_not(report: ParityReport) -> None:
+    assert set(SHOWS) == set(LEVELS) and all(text.replace("'", "&#x27;") in render(report) for text in SHOWS.values())
+    assert all(text.startswith("A pass shows that ") and "; not " in text for text in SHOWS.values())

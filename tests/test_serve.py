@@ -23,11 +23,11 @@ pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 
 from served import JSON, Gate, Served, pixels, serving
 
+from arinar.class_names import Classes
 from arinar.config import PRESETS
 from arinar.runtime import Pipeline
-from arinar.runtime.edits import about_edit
+from arinar.runtime.editing import about_edit
 from arinar.serve import logs
-from arinar.serve.classes import Classes
 from arinar.serve.door import Limits
 from arinar.serve.keys import Keys
 
@@ -87,6 +87,13 @@ def test_a_picture_holds_what_it_takes_to_make_it_again(served: Served, tmp_path
     assert found["batch_size"] == 4 and found["num_iter"] == 12 and len(found["bundle"]) == 16
     answer = served.generate(labels=[1], indices=[found["index"]], seed=found["seed"])[2]
     assert answer["data"][0]["b64_json"] == datum["b64_json"]
+
+
+def test_an_image_of_no_class(served: Served, pipeline: Pipeline) -> None:
+    """It goes with unguided images, whatever guidance is asked for, and is the direct call's."""
+    (datum,) = served.generate(labels=[-1], seed=4, guidance_scale=3.0)[2]["data"]
+    assert datum["label"] == -1 and datum["class_name"] == "unconditional"
+    assert np.array_equal(pixels(datum), direct(pipeline, -1, 4))
 
 
 def test_labels_and_indices(served: Served, pipeline: Pipeline) -> None:
@@ -180,7 +187,7 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
         ({"labels": [3.5]}, "labels", "labels[0] is 3.5; it should be a valid integer"),
         ({"labels": [3, True]}, "labels", "labels[1] is True; it should be a valid integer"),
         ({"labels": [3, 12]}, "labels", "label 12 is out of range; this model has classes 0..9"),
-        ({"labels": [-1]}, "labels", "label -1 is out of range"),
+        ({"labels": [-2]}, "labels", "label -2 is out of range"),
         ({"labels": 3}, "labels", "labels is 3; it should be a valid list"),
         ({"labels": [3, 4], "n": 3}, "n", "n is 3 for 2 labels"),
         ({"prompt": "3", "n": 0}, "n", "n is 0; it should be greater than or equal to 1"),
@@ -533,7 +540,7 @@ def test_prompts_name_classes() -> None:
         "crane": r"names several classes: give an id, 1 \(crane\), 3 \(crane\)",
         "CRANE": r"1 \(crane\), 2 \(Crane\), 3 \(crane\)",
         "german shepard, alsatian": r"close to it are 6 \(German shepherd, Alsatian\)",
-        "7": "prompt is 7; this model has classes 0..6",
+        "7": "label is 7; this model has classes 0..6",
         "\u0663": "no class of this model",
     }.items():
         with pytest.raises(ValueError, match=words):

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_gpu import FakeCudaRuntime
 
+from arinar.config import ArinarConfig
+from arinar.runtime import Pipeline
+from arinar.runtime.backends.cuda import device_info
 from arinar.runtime.backends.engines import EngineInfo
 from arinar.runtime.bundle import Bundle, BundleError, Manifest
-from arinar.runtime.values import conforming, entry, integer, items, mapping, number, text, truth
 from arinar.text import shown
+from arinar.values import conforming, entry, integer, items, mapping, number, text, truth
 
 DATA = Path(__file__).parent / "data"
 DEEP: Any = []
@@ -147,7 +151,7 @@ def test_manifests_of_version_2() -> None:
     [
         (("config", "img_size"), 1e300, "config.img_size is 1e.300; expected an integer from 0 to"),
         (("config", "vae_stride"), 0, "damaged .*; export the model again"),
-        (("config", "img_size"), 2**30, "img_size is 1073741824; expected an integer in 1..32768"),
+        (("config", "img_size"), 2**30, "img_size is 1073741824; expected an integer from 1 to 32768"),
         (("config", "latent_scale"), ["x"], r"config.latent_scale\[0\] is 'x'; expected a finite number"),
         (("config", "widht"), 3, "config has unknown entries 'widht'"),
         (("defaults", "temperature"), 0, "defaults.temperature is 0.0; expected a number above 0"),
@@ -191,7 +195,7 @@ def test_json_itself(tmp_path: Path) -> None:
 def test_sidecars() -> None:
     info = EngineInfo(
         "outer_step", "fp16", "tensorrt", "10.9.0", ("8.9",), "0" * 64, 20, (1, 8, 64),
-        {"tokens": ((1, 2), (8, 2), (64, 2))}, {"workspace": None}, size=5 * 2**30,
+        ({"tokens": ((1, 2), (8, 2), (64, 2))},), {"workspace": None}, size=5 * 2**30,
     )  # fmt: skip
     assert EngineInfo.from_json(info.to_json()) == info
 
@@ -291,3 +295,10 @@ def test_shown_is_short_and_plain() -> None:
         and shown(-(10**5000)) == "an integer of 16610 bits"
         and shown([10**5000]) == "a list"
     )
+
+
+def test_numpys_integers_count_as_integers(digits_bundle: Path) -> None:
+    pipe = Pipeline.load(digits_bundle, threads=np.int64(1))
+    assert pipe.backend.describe()["threads"] == 1
+    assert ArinarConfig(num_classes=np.int32(7)).num_classes == 7
+    assert device_info(FakeCudaRuntime(), np.int64(0)).index == 0

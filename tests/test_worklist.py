@@ -84,6 +84,17 @@ def test_a_file_that_is_cut_off_is_made_again_or_refused(pipeline: Pipeline, pic
     for path, metadata in zip(planned.paths, planned.metadata, strict=True):
         save_png(picture, path, metadata)
     planned.paths[1].write_bytes(planned.paths[1].read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"000001.png is there already and was made with other settings"):
+    with pytest.raises(ValueError, match=r"000001-2.png is there already and was made with other settings"):
         Worklist(pipeline, [1, 2, 3], tmp_path)
     assert Worklist(pipeline, [1, 2, 3], tmp_path, overwrite=True).missing == [1]
+
+
+def test_other_labels_do_not_mix_with_what_is_there(pipeline: Pipeline, picture: Image.Image, tmp_path: Path) -> None:
+    for path, metadata in zip((planned := Worklist(pipeline, [1, 2], tmp_path)).paths, planned.metadata, strict=True):
+        save_png(picture, path, metadata)
+    with pytest.raises(ValueError, match=r"000001-2.png is there already and was made with other settings"):
+        Worklist(pipeline, [1, 3], tmp_path)
+    other = Worklist(pipeline, [1, 3], tmp_path, overwrite=True)
+    other.prepare()
+    other.run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000-1.png", "000001-3.png"]

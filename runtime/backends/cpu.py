@@ -19,6 +19,7 @@ import numpy as np
 
 from arinar.schemes import SCHEMES
 from arinar.text import shown
+from arinar.values import is_whole
 
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..machine import usable_cores
@@ -49,7 +50,7 @@ class CpuBackend:
 
     def __init__(self, bundle: Bundle, precision: str, *, threads: int | None = None, low_memory: bool = False) -> None:
         most = max(MOST_THREADS, os.cpu_count() or 1)
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
+        if threads is not None and not (is_whole(threads) and 1 <= threads <= most):
             raise ValueError(
                 f"threads is {shown(threads)}; expected an integer from 1 to {most} (cores are what makes it faster)"
             )
@@ -59,7 +60,7 @@ class CpuBackend:
         # (A causal step reads every weight for each row: its rows stay together.)
         self._dynamic = self._scheme.ranges == "dynamic" and config.outer == "masked"
         self._rows_per_launch = max(1, LAUNCH_POSITIONS // (config.buffer_size + config.seq_len))
-        self.threads, self.low_memory = threads or usable_cores(), low_memory
+        self.threads, self.low_memory = int(threads or usable_cores()), low_memory
         self._ranks = {name: {t.name: len(t.shape) for t in info.inputs} for name, info in self._graphs.items()}
         self._loaded: dict[tuple[str, int], Any] = {}
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="arinar") if self.threads > 1 else None

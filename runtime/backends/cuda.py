@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import math
+import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,11 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from arinar.text import shown
+from arinar.values import is_whole
 
 from ..bundle import BundleError
 
 Array = npt.NDArray[Any]
 INSTALL_HINT = "`pip install cuda-bindings` installs it"
+NO_DRIVER = "no NVIDIA driver was found on this machine; use backend onnxruntime-cpu, or install the driver"
 
 
 class NoGpuError(BundleError):
@@ -126,7 +130,12 @@ class Cuda:
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a function of the runtime; its value, or the tuple of its values. Raises CudaError."""
-        error, *values = getattr(self.runtime, name)(*args)
+        try:
+            error, *values = getattr(self.runtime, name)(*args)
+        except ValueError as unknown:  # what cuda-bindings makes of an error code that it has no name for
+            raise CudaError(
+                f"{name} failed with an error that the installed cuda-bindings does not know: {unknown}"
+            ) from unknown
         if error != self.runtime.cudaError_t.cudaSuccess:
             raise self.failure(name, error, args)
         return values[0] if len(values) == 1 else tuple(values)
@@ -233,6 +242,7 @@ class Cuda:
         mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self._stream, mode)
         self.capturing = True
+        _no_collection.begin()
 
     def end_capture(self) -> Any:
         """What was launched since, as an executable graph: it has not run yet."""
@@ -255,6 +265,7 @@ class Cuda:
         try:
             return self.call("cudaStreamEndCapture", self._stream)
         finally:
+            _no_collection.end()
             while self._freed_in_capture:
                 self.free(self._freed_in_capture.pop())
 
@@ -305,6 +316,30 @@ class Cuda:
         return values[0] if values else None
 
 
+class NoCollection:
+    """Garbage collection off while any thread captures. It might free buffers of another :class:`Cuda`, which does not know
+    of the capture: cudaFree by a capturing thread is refused, and breaks the capture."""
+
+    def __init__(self) -> None:
+        self._lock, self._captures, self._was_on = threading.Lock(), 0, False
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._captures:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._captures += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._captures -= 1
+            if not self._captures and self._was_on:
+                gc.enable()
+
+
+_no_collection = NoCollection()
+
+
 def load_runtime() -> Any:
     """The module `cuda.bindings.runtime`. Raises NoGpuError with the way to install it."""
     try:
@@ -325,11 +360,14 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         number = int(function()[1] or 0)
         return f"{number // 1000}.{number % 1000 // 10}"
 
-    driver = version(runtime.cudaDriverGetVersion)
+    try:
+        driver = version(runtime.cudaDriverGetVersion)
+    except RuntimeError as missing:  # before cuda-bindings 12.9, where libcuda is missing
+        raise NoGpuError(f"{NO_DRIVER} ({missing})") from missing
+    if driver == "0.0":
+        raise NoGpuError(NO_DRIVER)
     error, count = runtime.cudaGetDeviceCount()
     codes = runtime.cudaError_t
-    if driver == "0.0":
-        raise NoGpuError("no NVIDIA driver was found on this machine; use backend onnxruntime-cpu, or install the driver")
     if error == codes.cudaErrorInsufficientDriver:
         have = version(runtime.cudaRuntimeGetVersion)
         raise NoGpuError(
@@ -340,7 +378,7 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         raise NoGpuError("there is a driver but no NVIDIA GPU that this process may use (see CUDA_VISIBLE_DEVICES)")
     if error != codes.cudaSuccess:
         raise NoGpuError(f"the GPUs of this machine cannot be listed: {error_name(runtime, error)}")
-    if isinstance(device, bool) or not isinstance(device, int):
+    if not is_whole(device):
         raise ValueError(f"device is {shown(device)}; expected the index of a GPU, 0 for the first")
     if not 0 <= device < count:
         raise NoGpuError(f"device is {device}; this machine has GPUs 0..{count - 1}")
@@ -349,4 +387,4 @@ def device_info(runtime: Any, device: int = 0) -> DeviceInfo:
         raise NoGpuError(f"GPU {device} cannot be asked what it is: {error_name(runtime, error)}")
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
     capability = f"{properties.major}.{properties.minor}"
-    return DeviceInfo(device, name.rstrip("\0"), capability, int(properties.totalGlobalMem), driver)
+    return DeviceInfo(int(device), name.rstrip("\0"), capability, int(properties.totalGlobalMem), driver)

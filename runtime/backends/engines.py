@@ -24,12 +24,12 @@ from typing import Any
 
 from arinar.reading import check_regular, parse_json
 from arinar.text import shown
+from arinar.values import MOST_BYTES, conforming, entry, integer, mapping
 
 from ..bundle import Bundle, BundleError, file_sha256
-from ..values import MOST_BYTES, conforming, entry, integer, mapping
 
 ENGINES, ENGINE_SUFFIX, SIDECAR_SUFFIX = "engines", ".engine", ".json"
-SIDECAR_VERSION = 1
+SIDECAR_VERSION = 2
 
 #: Backend name of `arinar build` -> the library (import name) that builds its engines.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -39,6 +39,7 @@ RUNTIME_ONLY = {"tensorrt_lean": "tensorrt", "tensorrt_dispatch": "tensorrt"}
 PORTABLE_FROM = "8.0"
 
 Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 class EngineError(BundleError):
@@ -54,7 +55,7 @@ class EngineInfo:
     gpu, driver : of the machine that built it; empty where there was none.
     onnx_sha256 : `graph_hash` of the graph, weights included.
     batch : least, best and largest number of images.
-    profiles : per input (least, best, largest) shape.
+    profiles : ranges of shapes that it was tuned for, one after another: per input (least, best, largest) shape.
     flags : options of the build that change the engine.
     """
 
@@ -66,7 +67,7 @@ class EngineInfo:
     onnx_sha256: str
     opset: int
     batch: tuple[int, int, int]
-    profiles: dict[str, tuple[Shape, Shape, Shape]]
+    profiles: tuple[Profile, ...]
     flags: dict[str, Any] = field(default_factory=dict)
     gpu: str = ""
     driver: str = ""
@@ -97,10 +98,12 @@ class EngineInfo:
         """Raises ValueError for what is not a sidecar of this version."""
         data = mapping("the sidecar", parse_json(text))
         if (found := entry("the sidecar", data, "sidecar_version")) != SIDECAR_VERSION:
-            raise ValueError(f"its sidecar has version {shown(found)}; this version of arinar reads {SIDECAR_VERSION}")
+            raise ValueError(
+                f"its sidecar has version {shown(found)}; this version of arinar reads {SIDECAR_VERSION}: build it again"
+            )
         size = integer("size", data.get("size", 0), 0, MOST_BYTES)
         made = cls(**conforming(cls, "the sidecar", data | {"size": 0}) | {"size": size})
-        for name, shapes in made.profiles.items():
+        for name, shapes in (item for profile in made.profiles for item in profile.items()):
             if len({len(shape) for shape in shapes}) != 1:
                 raise ValueError(f"profiles.{name} has shapes of different ranks")
         return made

@@ -4,7 +4,8 @@ Between the uploads before a micro-batch and the downloads after it, nothing is 
 nothing waits: `execute` only enqueues work on one stream.
 
 CUDA graphs. The first time that a sequence of launches is executed, it simply runs: libraries load their kernels,
-allocate, and settle on shapes and addresses. The second time it is captured, and replayed from then on. A launch in
+allocate, and settle on shapes and addresses; one library needs two such runs. The next time it is captured, and replayed
+from then on. A launch in
 a captured sequence finds its inputs and outputs at fixed addresses: those of the loop's buffers, or of a staging buffer
 where the loop's address differs from launch to launch or is not aligned. What a library holds for a launch (a binding)
 is shared by all sequences on the same buffers: a captured graph keeps the addresses that it was captured with.
@@ -82,6 +83,8 @@ class CudaBackend:
     #: Rows up to which our kernels make tokens: beyond, the library's products gain more than its launches cost (counted, not
     #: timed: docs/kernels.md).
     native_rows = 256
+    #: How often a sequence runs before it is captured: until the library allocates no more.
+    warm_up_runs = 1
 
     def __init__(self, bundle: Bundle, precision: str, *, cuda_graphs: bool, device: int = 0, cuda: Cuda | None = None) -> None:
         self.cuda = cuda if cuda is not None else Cuda(device)
@@ -93,8 +96,6 @@ class CudaBackend:
         self._captured_launches = 0
         self._loose: dict[Any, Binding] = {}  # of launches outside a recorded sequence
         self._pools: dict[tuple[str, int], DeviceBuffer] = {}
-        # Stands for tensors without elements: libraries want an address all the same.
-        self._nothing = self.cuda.empty((ALIGNMENT,), "uint8")
         weakref.finalize(self, _destroy_all, self.cuda, self._owned)
 
     # Of a subclass.
@@ -117,37 +118,42 @@ class CudaBackend:
     def describe(self) -> dict[str, Any]:
         return {"cuda_graphs": self.cuda_graphs}
 
+    def _activate(self) -> None:
+        """Every thread has a current device of its own: what may be a thread's first call says which. (In a sequence,
+        `execute` has.)"""
+        if self._current is None:
+            self.cuda.activate()
+
     # Memory.
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        self.cuda.activate()
+        self._activate()
         buffer = self.cuda.empty(tuple(shape), dtype)
         self.cuda.clear(buffer)
         return buffer
 
     def upload(self, array: Array) -> DeviceBuffer:
-        self.cuda.activate()
+        self._activate()
         buffer = self.cuda.empty(array.shape, array.dtype)
         self.cuda.upload(array, buffer)
         return buffer
 
-    # (Every thread has a current device of its own: what may be a thread's first call says which.)
-
     def write(self, buffer: DeviceBuffer, array: Array) -> None:
-        self.cuda.activate()
+        self._activate()
         self.cuda.upload(array, buffer)
 
     def clear(self, buffer: DeviceBuffer) -> None:
-        self.cuda.activate()
+        self._activate()
         self.cuda.clear(buffer)
 
     def download(self, buffer: DeviceBuffer) -> Array:
-        self.cuda.activate()
+        self._activate()
         return self.cuda.download(buffer)
 
     def copy(self, source: DeviceBuffer, target: DeviceBuffer) -> None:
         if source.nbytes != target.nbytes:
             raise ValueError(f"copy of {source.nbytes} bytes to a buffer of {target.nbytes}")
+        self._activate()
         self.cuda.copy(source.pointer, target.pointer, source.nbytes)
 
     def write_slots(self, rows: DeviceBuffer, target: DeviceBuffer, slot: int) -> None:
@@ -156,6 +162,7 @@ class CudaBackend:
         count = rows.shape[2]
         if rows.shape != (outer, heads, count, width) or rows.dtype != target.dtype or not 0 <= slot <= slots - count:
             raise ValueError(f"rows {rows.shape} {rows.dtype} do not fit slot {slot} of {target.shape} {target.dtype}")
+        self._activate()
         element = width * target.dtype.itemsize
         self.cuda.copy_rows(rows.pointer, target.pointer + slot * element, count * element, outer * heads, slots * element)
 
@@ -179,7 +186,7 @@ class CudaBackend:
         if not sequence.graphs:
             self._current = owned, sequence
             try:
-                if sequence.runs and owned.capture:
+                if sequence.runs >= self.warm_up_runs and owned.capture:
                     self._capture(owned, sequence, launches)
                 if not sequence.graphs:
                     launches()
@@ -216,6 +223,7 @@ class CudaBackend:
     def forget(self, owner: Hashable) -> None:
         owned = self._owned.pop(owner, None)
         if owned is not None:
+            self._activate()
             self.cuda.synchronize()
             _destroy_all(self.cuda, {owner: owned})  # before the contexts and addresses that they use
             owned.bindings.clear()
@@ -248,10 +256,11 @@ class CudaBackend:
             return None
 
     def mark(self) -> Any:
+        self._activate()
         return self.cuda.record_event()
 
     def wait(self, mark: Any) -> None:
-        self.cuda.activate()
+        self._activate()
         self.cuda.wait_event(mark)
 
     # Launches.
@@ -266,6 +275,7 @@ class CudaBackend:
         """Enqueue a graph, with device-to-device copies around it where an address cannot be given to the library.
 
         All rows go into one launch."""
+        self._activate()
         self.prepare(graph)
         info = self._info(graph)
         ranks = {tensor.name: len(tensor.shape) for tensor in (*info.inputs, *info.outputs)}
@@ -304,8 +314,8 @@ class CudaBackend:
 
     def _address(self, binding: Binding, name: str, buffer: DeviceBuffer) -> int:
         """Where the library is to find a tensor: in the buffer itself, or in a staging buffer."""
-        if not buffer.size:
-            return self._nothing.pointer
+        if not buffer.size:  # libraries want an address all the same, another for each tensor
+            return self._pool(f"{name}, empty", 1).pointer
         fixed = self._current is None or binding.addresses.get(name, buffer.pointer) == buffer.pointer
         if buffer.pointer % ALIGNMENT or not fixed or (self._current is not None and name in binding.staged):
             binding.staged.add(name)

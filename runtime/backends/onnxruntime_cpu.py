@@ -44,7 +44,7 @@ class OnnxRuntimeCpu(CpuBackend):
         return options
 
     def _session(self, graph: GraphInfo, options: Any) -> Any:
-        path = self._bundle.graph_path(graph, cpu=True)
+        path = self._bundle.graph_path(graph, "cpu")
         try:
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own, undocumented types

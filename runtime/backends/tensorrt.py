@@ -88,6 +88,7 @@ class TensorRt(CudaBackend):
         missing = [name for name in graphs if name not in self._engines]
         if not missing:
             return
+        self._activate()
         for name in missing:
             self._info(name)
         for name, engine in self._found(missing).items():
@@ -170,8 +171,11 @@ class TensorRt(CudaBackend):
             raise CudaError(f"graph {graph!r}: the shapes of {', '.join(unset)} do not follow from those of its inputs")
         binding.shapes = shapes
         if self._shared_scratch:
-            nbytes = max(1, int(context.update_device_memory_size_for_shapes()))
-            scratch = self._pool("scratch", nbytes)
+            self._log.clear()
+            nbytes = int(context.update_device_memory_size_for_shapes())
+            if not nbytes and self._log.recent():  # 0 is what it returns on an error, too
+                raise self._failure(f"graph {graph!r}: no size of scratch memory for the shapes {shapes}")
+            scratch = self._pool("scratch", max(1, nbytes))
             context.set_device_memory(scratch.pointer, scratch.nbytes)
 
     @property
@@ -201,8 +205,13 @@ class TensorRt(CudaBackend):
             context = engine.create_execution_context()
         if context is None:
             raise self._failure(f"graph {graph!r}: no execution context")
-        if profile and not context.set_optimization_profile_async(profile, self.cuda.stream):
-            raise self._failure(f"graph {graph!r}: profile {profile} was refused")
+        if profile:  # (a context has the first to begin with)
+            try:
+                taken = context.set_optimization_profile_async(profile, self.cuda.stream)
+            except Exception as error:  # some versions raise in place of returning False
+                raise self._failure(f"graph {graph!r}: profile {profile} was refused ({error})") from error
+            if not taken:
+                raise self._failure(f"graph {graph!r}: profile {profile} was refused")
         return context
 
     def _profile(self, graph: str, engine: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -118,12 +118,12 @@ class Graph:
         return [node for node in self.nodes if node.kind == kind and name in node.inputs]
 
     def table(self, shape: tuple[int, int]) -> Array:
-        """The first constant of a shape that rows are gathered from."""
+        """The first constant of a shape that rows are gathered from; of a large model it is the first of a batch of one."""
         for node in self.nodes:
             if node.kind == "Gather" and node.inputs[0] in self._tensors:
                 values = self.tensor(node.inputs[0])
-                if values.shape == shape:
-                    return values
+                if values.shape in (shape, (1, *shape)):
+                    return values.reshape(shape)
         raise KernelError(f"{self.path.name} has no table of shape {shape}; export the model again")
 
     def _node(self, first: int, last: int) -> Node:

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from arinar.text import shown
+from .text import shown
 
 #: Numbers in files count things that exist, or are sizes of such: larger ones are damage, or meant to exhaust memory.
 MOST = 2**31 - 1
@@ -66,18 +66,21 @@ def integer(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
     return int(value)
 
 
-def number(name: str, value: Any, least: float = -FLOAT32_MAX, *, strict: bool = False) -> float:
-    """A number that float32 can hold; ``strict``: above ``least``, also once it is rounded to float32."""
+def number(name: str, value: Any, least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX, *, strict: bool = False) -> float:
+    """A number that float32 can hold, from ``least`` to ``most``; ``strict``: above ``least``, also rounded to float32."""
     real = not isinstance(value, bool) and isinstance(value, (int, float, np.integer, np.floating))
     bound = "" if least == -FLOAT32_MAX else f" above {least:g}" if strict else f" at least {least:g}"
+    if most < FLOAT32_MAX:
+        bound = f" from {least:g} to {most:g}"
     try:
         found = float(value) if real else math.nan
     except OverflowError:  # an integer of hundreds of digits
         found = math.inf
     if not math.isfinite(found):
         raise ValueError(f"{name} is {shown(value)}; expected a finite number{bound}")
-    if not least <= found <= FLOAT32_MAX or (strict and np.float32(found) <= least):
-        raise ValueError(f"{name} is {shown(value)}; expected a number{bound} that float32 can hold")
+    if not least <= found <= most or (strict and np.float32(found) <= least):
+        held = " that float32 can hold" if most == FLOAT32_MAX else ""
+        raise ValueError(f"{name} is {shown(value)}; expected a number{bound}{held}")
     return found
 
 

@@ -1,0 +1,205 @@
+"""Plans that a user may choose: staged orders, guidance in an interval. What they generate when, that the reference does the
+same, that an image depends on nothing beside it, and that the default has not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("torch")
+
+from click.testing import CliRunner
+
+from arinar.checkpoint import load_arinar
+from arinar.cli import main
+from arinar.config import PRESETS
+from arinar.runtime import Known, Noise, Pipeline
+from arinar.runtime.bundle import Defaults
+from arinar.runtime.request import Sampling
+from arinar.sampler import sample
+from arinar.schedule import checkerboard, stages_of, steps
+
+DIGITS, CAUSAL, LETTERS, BASE = (PRESETS[name] for name in ("digits", "digits-causal", "letters", "base"))
+STAGED = "staged:4x3,4x2,8x2"  # of the digits' 16 tokens
+LABELS = [4, 5, 6]
+
+
+@pytest.fixture(scope="module", params=["digits", "digits-mar"])
+def pipeline(request: pytest.FixtureRequest, demo_bundle: Callable[[str], Path]) -> Pipeline:
+    return Pipeline.load(demo_bundle(request.param), threads=1)
+
+
+def resolve(labels: list[int], config: Any = DIGITS, **arguments: Any) -> Sampling:
+    return Sampling.resolve(config, Defaults(12, 4.0), labels, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- the sets
+
+
+def test_the_sets_of_the_published_grid() -> None:
+    places = np.array(checkerboard(16, 3)).reshape(16, 16)
+    row, column = np.indices((16, 16))
+    assert (places[(row + column) % 2 == 1] == 2).all()
+    assert (places[(row + column) % 4 == 2] == 1).all()
+    assert (places[(row + column) % 4 == 0] == 0).all()
+    assert [int((places == number).sum()) for number in range(3)] == [64, 64, 128]
+
+
+@pytest.mark.parametrize(("side", "sets"), [(4, 1), (4, 3), (8, 2), (8, 4), (16, 5)])
+def test_every_token_is_in_one_set_and_no_set_is_empty(side: int, sets: int) -> None:
+    assert sorted(set(checkerboard(side, sets))) == list(range(sets))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "config"), [("staged:64x24,64x6,128x2", BASE), ("staged:16x7,16x3,32x1", LETTERS), (STAGED, DIGITS)]
+)
+def test_a_staged_plan_covers_each_token_once_set_after_set(schedule: str, config: Any) -> None:
+    sampling = resolve([0, 1], config, schedule=schedule)
+    batch, stages = sampling.batch(), stages_of(schedule, config.grid_size)
+    assert sampling.num_iter == len(batch.plan) == sum(number for _, number in stages)
+    assert batch.plan[0].masked == config.seq_len and batch.plan[-1].remaining == 0
+    assert all(step.count >= 1 for step in batch.plan)
+    assert all(before.remaining == step.masked for before, step in zip(batch.plan, batch.plan[1:], strict=False))
+    places = np.array(checkerboard(config.grid_size, len(stages)))
+    drawn = [places[batch.noise.order[:, step.remaining : step.masked]] for step in batch.plan]
+    wanted = [number for number, (_, count) in enumerate(stages) for _ in range(count)]
+    assert [set(part.ravel().tolist()) for part in drawn] == [{number} for number in wanted]
+    counts = [step.count for step in batch.plan]
+    for number in range(len(stages)):
+        some = [count for count, which in zip(counts, wanted, strict=True) if which == number]
+        assert max(some) - min(some) <= 1
+
+
+def test_within_a_set_the_order_is_that_of_the_seed() -> None:
+    order = Noise.from_seed(3, [0], LETTERS).order[0]
+    staged = resolve([0], LETTERS, seed=3, schedule="staged:16x7,16x3,32x1").batch().noise.order[0]
+    places = np.array(checkerboard(8, 3))
+    for number in range(3):
+        assert (order[places[order] == number] == staged[places[staged] == number]).all()
+    again = resolve(
+        [0], LETTERS, schedule="staged:16x7,16x3,32x1", noise=Noise(staged[None], Noise.from_seed(3, [0], LETTERS).draws)
+    )
+    assert (again.batch().noise.order[0] == staged).all()
+
+
+def test_one_set_is_a_random_order_with_even_counts() -> None:
+    batch = resolve([0], schedule="staged:16x4").batch()
+    assert [step.count for step in batch.plan] == [4, 4, 4, 4]
+    assert (batch.noise.order == Noise.from_seed(0, [0], DIGITS).order).all()
+
+
+WRONG = ["", "cosin", "staged", "staged:", "staged:4x3,4x2", "staged:4x5,4x2,8x2", "staged:4x0,4x2,8x2", "staged:8x3,4x2,4x2"]
+
+
+@pytest.mark.parametrize("schedule", [*WRONG, "staged:1x1,1x1,2x1,4x1,8x1", "staged:4*3", "\x1b[31m", 7, None, ["staged"]])
+def test_a_schedule_that_is_none_is_refused_with_one_that_is(schedule: Any) -> None:
+    with pytest.raises(ValueError, match=r"schedule is .*staged:4x1,4x1,8x1") as caught:
+        stages_of(schedule, 4)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+    stages_of(str(caught.value).rsplit(" ", 1)[1], 4)  # the example is right
+
+
+def test_where_a_schedule_or_an_interval_has_no_meaning_it_is_refused() -> None:
+    known = Known(np.zeros((1, 16, 16), np.float32), np.arange(16)[None] < 3)
+    with pytest.raises(ValueError, match="a causal model has one order"):
+        resolve([0], CAUSAL, schedule=STAGED)
+    with pytest.raises(ValueError, match="where tokens are known"):
+        resolve([0], known=known, schedule=STAGED)
+    with pytest.raises(ValueError, match="num_iter is 12, schedule .* has 7 steps"):
+        resolve([0], num_iter=12, schedule=STAGED)
+    with pytest.raises(ValueError, match="needs every token in its cache"):
+        resolve([0], CAUSAL, guidance_interval=(0.5, 1))
+    assert len(resolve([0], known=known, guidance_interval=(0.5, 1)).batch().plan) == 12
+
+
+@pytest.mark.parametrize(
+    "interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0.1,), "0:1", 0.5, (True, 1)]
+)
+def test_an_interval_that_is_none_is_refused(interval: Any) -> None:
+    with pytest.raises(ValueError, match="guidance_interval is "):
+        resolve([0], guidance_interval=interval)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def test_the_default_is_the_published_schedule() -> None:
+    plan = resolve([0]).batch().plan
+    assert plan == steps(16, 12) and all(step.guided for step in plan)
+    assert resolve([0], schedule="cosine", guidance_interval=(0, 1)).settings() == resolve([0]).settings()
+
+
+CHOICES = [
+    {"schedule": STAGED},
+    {"guidance_interval": (0.3, 1.0)},
+    {"guidance_interval": (0.0, 0.5)},
+    {"schedule": STAGED, "guidance_interval": (0.25, 0.8), "guidance_scale": [3.0, 1.5, 2.0]},
+    {"guidance_interval": (0.999, 1.0)},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_the_reference_makes_the_same(pipeline: Pipeline, choice: dict[str, Any]) -> None:
+    noise = Noise.from_seed(5, range(3), pipeline.config)
+    made = pipeline.generate(LABELS, noise=noise, **choice)
+    model = load_arinar("digits-mar" if pipeline.config.head == "diffusion" else "digits")
+    wanted = sample(model, LABELS, **({"guidance_scale": model.config.default_guidance_scale} | choice), noise=noise)
+    assert np.abs(made.tokens - wanted.numpy()).max() < 5e-3
+    plain = pipeline.generate(LABELS, noise=noise)
+    assert np.abs(made.tokens - plain.tokens).max() > 0.1
+
+
+@pytest.mark.parametrize("inner", ["fused", "stepwise"])
+def test_an_image_depends_on_nothing_beside_it(digits_bundle: Path, inner: str) -> None:
+    pipeline = Pipeline.load(digits_bundle, threads=1, inner=inner)
+    how = CHOICES[3] | {"batch_size": 4}
+    together = pipeline.generate(LABELS, seed=2, **how).tokens
+    pipeline.generate([{1: 0.5, 7: 0.5}, 3, 3], seed=9, **how)  # buffers are used again
+    for row, scale in enumerate(how["guidance_scale"]):
+        alone = pipeline.generate([LABELS[row]], seed=2, indices=[row], **(how | {"guidance_scale": scale})).tokens[0]
+        assert np.array_equal(alone, together[row])
+
+
+def test_images_of_several_classes_are_so_at_steps_without_guidance_too(digits_bundle: Path) -> None:
+    pipeline, noise = Pipeline.load(digits_bundle, threads=1), Noise.from_seed(1, range(2), DIGITS)
+    labels = [{3: 0.6, 8: 0.4}, 2]
+    made = pipeline.generate(labels, noise=noise, guidance_interval=(0.4, 1.0)).tokens
+    wanted = sample(load_arinar("digits"), labels, guidance_scale=4.0, noise=noise, guidance_interval=(0.4, 1.0))
+    assert np.abs(made - wanted.numpy()).max() < 5e-3
+
+
+def test_steps_outside_the_interval_launch_one_branch(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(digits_bundle, threads=1)
+    launched: list[tuple[str, int]] = []
+    real = pipeline.backend.launch
+
+    def launch(graph: str, inputs: Any, outputs: Any, rows: Any = None) -> None:
+        launched.append((graph, len(outputs["z"]) if graph == "outer_step" else 0))
+        real(graph, inputs, outputs, rows)
+
+    monkeypatch.setattr(pipeline.backend, "launch", launch)
+    sampling = pipeline.resolve([0], guidance_interval=(0.3, 0.8))
+    pipeline.generate([0], guidance_interval=(0.3, 0.8))
+    plan = sampling.batch().plan
+    guided = [step.guided for step in plan]
+    assert [0.3 <= 1 - step.masked / 16 < 0.8 for step in plan] == guided and 0 < sum(guided) < len(plan) - 1
+    assert [branches for graph, branches in launched if graph == "outer_step"][-len(plan) + 1 :] == [1 + g for g in guided[1:]]
+    drawn = [graph for graph, _ in launched if graph.startswith("inner_token")]
+    assert drawn == ["inner_token_guided" if g else "inner_token" for g in guided]
+
+
+def test_the_command_takes_both_and_files_say_so(digits_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    command = ["generate", str(digits_bundle), "--labels", "3", "-o", str(tmp_path), "--threads", "1"]
+    wrong = CliRunner().invoke(main, [*command, "--guidance-interval", "half"])
+    assert wrong.exit_code == 2 and "LOW:HIGH" in wrong.output
+    done = CliRunner().invoke(main, [*command, "--schedule", STAGED, "--guidance-interval", "0.2:1"])
+    assert done.exit_code == 0, done.output
+    said = Image.open(tmp_path / "000000.png").info["arinar"]
+    assert STAGED in said and '"guidance_interval": [0.2, 1.0]' in said and '"num_iter": 7' in said
