@@ -25,12 +25,12 @@ from arinar.config import ArinarConfig
 from arinar.files import write_text
 from arinar.reading import read_json
 from arinar.text import shown
+from arinar.values import conforming, entry, integer, items, mapping, text, truth
 
 from .backends import ALIASES, backend_options
 from .bundle import Bundle
 from .pipeline import default_precision
 from .request import DEFAULT_BATCH_TOKENS, MOST_AT_A_TIME, Sampling
-from .values import conforming, entry, integer, items, mapping, text, truth
 
 RECORD, SHARDS, IMAGES = "run.json", "shards", "images"
 FORMAT_VERSION = 1

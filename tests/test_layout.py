@@ -23,6 +23,7 @@ ROOMS = {
 PLAIN = {
     f"arinar.{name}"
     for name in (
+        "class_names",
         "config",
         "demo",
         "diffusion_law",
@@ -36,6 +37,7 @@ PLAIN = {
         "schedule",
         "schemes",
         "text",
+        "values",
     )
 }
 #: Modules that import neither torch nor the model, though their rooms do.
