@@ -129,7 +129,7 @@ def _precisions(bundle: Bundle) -> None:
     engines = list_engines(bundle, problems)
     here = Pipeline.available(bundle.folder)
     rows = [("precision", "MB", "runs here on", "engines")]
-    for name in bundle.precisions:
+    for name in here:
         built = sorted({engine.path.parent.name for engine in engines if engine.info.precision == name})
         size = f"{bundle.size(name) / 1e6:.1f}"
         rows.append((name, size, ", ".join(here[name]) or "nothing", ", ".join(built) or "none"))

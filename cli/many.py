@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import SAMPLING, Integers, Labels, Numbers, Options, print_json, quiet, say
+from .common import SAMPLING, Integers, Labels, Numbers, Options, print_json, quiet, say, then
 from .group import main
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def open_workers(workers: int, address: str | None, gpus: float | None, threads:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-n", "--num-images", type=click.IntRange(min=1), required=True, help="How many images.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--labels", type=Labels(), help="Class ids and ranges, in equal shares in this order. [default: all classes]")
+@click.option("--labels", type=Labels(), help="Classes, by id, range or name, in equal shares in this order. [default: all]")
 @click.option("--npz/--no-npz", default=True, show_default=True, help="Write samples_NxHxWx3.npz (arr_0, uint8, NHWC).")
 @click.option("--png", is_flag=True, help="Write images/000000.png and so on.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, as JSON.")
@@ -143,6 +143,7 @@ def _tell_sampled(done: Sampled, out: Path, as_json: bool) -> None:
     there = run.num_images - done.made
     kept = f" ({there} were there already)" if there else ""
     click.echo(f"{run.num_images} images in {out}{kept}" + (f": {record.npz['name']}" if record.npz else ""))
+    then(f"arinar evaluate {out} --reference STATS_OR_SAMPLES")
 
 
 FEATURES = Options(
@@ -195,10 +196,10 @@ def evaluate(
     address: str | None,
     gpus: float | None,
 ) -> None:
-    """How good are very many images? FID, KID, precision and recall against a reference, and the inception score.
+    """How good are very many images? FID, KID, precision, recall and more.
 
-    SAMPLES is a run of `arinar sample`, a folder of pictures, an .npz file with arr_0, or "digits", the real ones. Images are
-    compared as the uint8 pixels that they are.
+    Against a reference; and the inception score. SAMPLES is a run of `arinar sample`, a folder of pictures, an .npz file
+    with arr_0, or "digits", the real ones. Images are compared as the uint8 pixels that they are.
 
     \b
     Example:  arinar evaluate run/ --reference adm_in256_stats.npz --features inception --weights weights-inception-2015-12-05-6726825d.pth
@@ -226,6 +227,7 @@ def evaluate(
         print_json(found.to_dict())
     else:
         click.echo(table(found))
+        then("arinar sweep BUNDLE --reference STATS_OR_SAMPLES -o sweep/   (which settings are best)")
 
 
 @main.command()
@@ -236,7 +238,7 @@ def evaluate(
 @click.option("--guidance", type=Numbers(), help="Guidance scales, e.g. 3:5:.25. [default: the bundle's]")
 @click.option("--temperature", type=Numbers(), help="Temperatures, e.g. .9,1,1.1. [default: the bundle's]")
 @click.option("--num-iter", type=Integers(), help="Numbers of outer steps, e.g. 32,64. [default: the bundle's]")
-@click.option("--labels", type=Labels(), help="Class ids and ranges, in equal shares. [default: all classes]")
+@click.option("--labels", type=Labels(), help="Classes, by id, range or name, in equal shares. [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same for every setting.")
 @click.option(
     "--bootstrap", type=click.IntRange(0, 10_000), default=100, show_default=True, help="Draws for the intervals; 0: none."
@@ -266,9 +268,9 @@ def sweep(
     gpus: float | None,
     **options: Any,
 ) -> None:
-    """Which guidance, temperature and number of steps are best? Every combination, from the same noise, by its FID.
+    """Which guidance, temperature and number of steps are best?
 
-    What has been scored is kept: the same command goes on where it stopped, and one with more values makes those.
+    Every combination, from the same noise, by its FID. What has been scored is kept: the same command goes on where it stopped, and one with more values makes those.
 
     \b
     Example:  arinar sweep bundle/ --guidance 3:5:.25 --temperature .9,1,1.1 --num-iter 32,64 -n 5000 --reference adm_in256_stats.npz --features inception --weights weights-inception-2015-12-05-6726825d.pth -o sweep/
@@ -307,3 +309,5 @@ def sweep(
 
         write(bundle, sweeping.with_best(opened.manifest.defaults, found.best), say)
         say(f"{bundle} now has these defaults")
+    elif not as_json:
+        then(f"look at {out / sweeping.PAGE}; --write-defaults gives the bundle the best settings")

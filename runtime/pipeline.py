@@ -18,6 +18,7 @@ from PIL import Image
 
 from arinar.class_names import Classes
 from arinar.config import ArinarConfig
+from arinar.schemes import SCHEMES
 from arinar.values import array
 
 from .backends import BACKENDS, BackendOptions, obstacle, open_backend
@@ -144,15 +145,18 @@ class Pipeline:
 
     @staticmethod
     def available(path: str | os.PathLike[str]) -> dict[str, list[str]]:
-        """What of a bundle can run on this machine: precision -> the backends for it, by name, the fastest kind first.
+        """What of a bundle can run on this machine: precision -> the backends for it, by name; also precisions that a
+        backend here computes from another's graphs ("bf16").
 
         Packages, devices and engines are looked for; nothing is loaded. Raises BundleError where there is no bundle.
         """
         bundle = Bundle.open(path)
-        names = list(reversed(BACKENDS))
-        return {
-            precision: [name for name in names if obstacle(bundle, precision, name) is None] for precision in bundle.precisions
+        computed = [name for name, scheme in SCHEMES.items() if scheme.runs in bundle.precisions]
+        found = {
+            precision: [name for name in BACKENDS if obstacle(bundle, precision, name) is None]
+            for precision in dict.fromkeys([*bundle.precisions, *computed])
         }
+        return {precision: names for precision, names in found.items() if names or precision in bundle.precisions}
 
     def close(self) -> None:
         """Let go of the graphs, threads and buffers. Calls after that raise RuntimeError; closing again does nothing.

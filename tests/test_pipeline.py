@@ -251,7 +251,7 @@ def test_a_closed_pipeline_says_so_and_has_let_go(digits_bundle: Path) -> None:
 def test_what_a_bundle_offers_here_and_how_things_show_themselves(digits_bundle: Path) -> None:
     bundle = Bundle.open(digits_bundle)
     assert bundle.precisions == ("fp32",) and "fp32" in repr(bundle) and bundle.size() == bundle.size("fp32") > 1e6
-    assert Pipeline.available(digits_bundle) == {"fp32": ["onnxruntime-cpu"]}
+    assert "onnxruntime-cpu" in Pipeline.available(digits_bundle)["fp32"]
     with Pipeline.load(digits_bundle) as pipe:
         made = pipe.generate([1, 2], num_iter=2)
         known = Known(made.tokens, np.ones(made.tokens.shape[:2], bool))
