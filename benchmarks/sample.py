@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import click
@@ -254,7 +255,11 @@ def precision(bundle: Path, images: int, out: Path | None, count: int) -> None:
             "int8 against the digits": arinar("evaluate", int8, "--reference", "digits")[0],
             "fp32, another seed, against the digits": arinar("evaluate", other, "--reference", "digits")[0],
         }
-        finish({"images": images, "seconds": seconds, "evaluations": found})
+        change = {name: found[f"{name} against the digits"]["replicates"] for name in ("int8", "fp32")}
+        paired = stdev(mine - theirs for mine, theirs in zip(change["int8"], change["fp32"], strict=True))
+        for evaluation in found.values():
+            del evaluation["replicates"]
+        finish({"images": images, "seconds": seconds, "std_of_the_difference_to_the_digits": paired, "evaluations": found})
 
 
 if __name__ == "__main__":

@@ -275,6 +275,7 @@ def axis_ranges(
         "G": (1, 2, 2),
         "S": (config.token_dim,) * 3,
         "M": (low, usual * predicted[1], high * predicted[2]),
+        "P:drawn": predicted,  # by the head, whatever was visible
         # Decoded a bounded number at a time, the rest of a micro-batch may be a single image.
         "B:vae": (1, min(usual, chunk), min(high, chunk)),
     }
@@ -337,12 +338,14 @@ def _sizes(graph: GraphInfo, axes: Mapping[str, Range]) -> dict[str, Range]:
     """Sizes of a graph's axes: N is another number in each kind of graph."""
     names = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
     sizes = dict(axes)
+    if "V" not in names:
+        sizes["P"] = axes["P:drawn"]
     if "M" in names:  # both branches of the drawn rows
         sizes["N"] = _times((2, 2, 2), axes["M"])
     elif graph.phase == "outer":
         sizes["N"] = _times(axes["G"], axes["B"])
     else:
-        sizes["N"] = _times(axes["G"], axes["P"], axes["B"])
+        sizes["N"] = _times(axes["G"], sizes["P"], axes["B"])
     if graph.convolutional:
         sizes["B"] = axes["B:vae"]
     return sizes

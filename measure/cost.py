@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.diffusion_schedule import most_steps
+from arinar.runtime.kernels.source import ROWS, block_columns
 from arinar.schedule import Step, steps
 
 
@@ -163,6 +164,37 @@ class HeadCost(NamedTuple):
 
     token: Callable[[ArinarConfig], tuple[float, float]]
     parameters: Callable[[ArinarConfig], int]
+
+
+class FeatureCost(NamedTuple):
+    """One feature of N rows by the kernels of `arinar.runtime.kernels`: launches; bytes of weights and of rows that a GPU's
+    multiprocessors read, each block counted; multiply-adds, those of rows that fill no tile included."""
+
+    launches: int
+    weight_bytes: int
+    row_bytes: int
+    multiply_adds: int
+
+
+def kernel_feature(config: ArinarConfig, rows: int, bytes_per_number: int = 2) -> FeatureCost:
+    """Every 8 rows read the weights once, and every block the rows that its columns need (head and draw are left out)."""
+    tiles, width, hidden = -(-rows // ROWS), config.inner_width, int(config.inner_width * config.inner_mlp_ratio)
+    normed = width * (4 + 2 * bytes_per_number)  # the residual stream, scale, shift
+    products = {
+        "qkv": (3 * width, width, normed),
+        "project": (width, width, width * bytes_per_number),
+        "expand": (hidden, width, normed),
+        "contract": (width, hidden, hidden * bytes_per_number),
+    }
+    weights = config.inner_depth * sum(columns * inputs for columns, inputs, _ in products.values())
+    read = sum(-(-columns // block_columns(name)) * size for name, (columns, _, size) in products.items())
+    cached = config.token_dim * width * bytes_per_number  # keys and values of half the positions, on average
+    return FeatureCost(
+        launches=5 * config.inner_depth + 1,
+        weight_bytes=tiles * weights * bytes_per_number,
+        row_bytes=rows * config.inner_depth * (read + cached),
+        multiply_adds=tiles * ROWS * weights,
+    )
 
 
 #: By `config.head`.

@@ -31,7 +31,7 @@ SIGMAS = 1.96  # of an interval that holds the value 19 times out of 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and the standard deviation that another set of as many images would have it vary by."""
+    """A number, and a standard deviation: of the FID, what another set of as many images would have it vary by."""
 
     value: float
     std: float | None = None
@@ -90,9 +90,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         found = asdict(self)
-        for name in ("fid", "kid", "inception"):
-            if (estimate := getattr(self, name)) is not None:
-                found[name]["interval"] = estimate.interval
+        if self.fid is not None:
+            found["fid"]["interval"] = self.fid.interval
         return found
 
     @classmethod

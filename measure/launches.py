@@ -34,6 +34,11 @@ def _given(node: NodeProto, place: int) -> bool:
     return len(node.input) > place and bool(node.input[place])
 
 
+def _attention(node: NodeProto) -> int:
+    """Fused attention; before it one that takes packed queries, keys and values apart, or the bias of each of the three."""
+    return 1 + 3 * _given(node, 3) if _given(node, 1) else 2
+
+
 #: Nodes that launch other than one kernel.
 KERNELS: dict[str, Callable[[NodeProto], int]] = {
     "Gemm": lambda node: 1 + _given(node, 2),  # the bias is written to the result, the product added to it
@@ -46,7 +51,7 @@ KERNELS: dict[str, Callable[[NodeProto], int]] = {
     # Of com.microsoft: product, bias with the split into heads, fused attention; without the product where it is given. (Up
     # to 256 keys, or where there are rows enough for all processors, no second kernel joins parts of the attention.)
     "com.microsoft::Attention": lambda node: 3,
-    "com.microsoft::MultiHeadAttention": lambda node: 1 + (_given(node, 3) or not _given(node, 1)),
+    "com.microsoft::MultiHeadAttention": _attention,
 }
 
 

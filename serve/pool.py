@@ -194,7 +194,7 @@ class _Work:
             raise cause from None
         self._count(task[0], cause or error)
         self.pool.on_loss(one_line(cause or error)[:300])
-        self.waiting.appendleft(task)
+        self.waiting.insert(self.pool.workers, task)  # not first: a broken machine's next worker would have it again
         with contextlib.suppress(Exception):
             self.pool.ray.kill(worker)
         self._start()

@@ -28,7 +28,7 @@ from arinar.runtime.backends.onnxruntime_cuda import SHAPE_ARITHMETIC
 from arinar.runtime.bundle import GraphInfo
 
 #: Of a block, and of everything around the blocks.
-PER_BLOCK, AROUND = 9, 40
+PER_BLOCK, AROUND = 9, 42
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def plain_and_form(bundle: Bundle) -> tuple[GraphInfo, Any, Any]:
 
 
 def test_a_block_is_nine_launches(bundle: Bundle) -> None:
-    """At the published size 292 for 720; more would be a cost that nobody noticed."""
+    """At the published size 294 for 732; more would be a cost that nobody noticed."""
     _, plain, form = plain_and_form(bundle)
     blocks = TINY.encoder_depth + TINY.decoder_depth
     assert launches(form).total() <= AROUND + PER_BLOCK * blocks
@@ -51,7 +51,7 @@ def test_a_block_is_nine_launches(bundle: Bundle) -> None:
     assert AROUND + PER_BLOCK * (base.encoder_depth + base.decoder_depth) <= 300
     assert launches(plain).total() > 1.5 * launches(form).total()
     kinds = launches(form)
-    assert kinds["Attention"] == 3 * (blocks - 1) and kinds["MultiHeadAttention"] == 2
+    assert kinds["Attention"] == 3 * (blocks - 1) and kinds["MultiHeadAttention"] == 4
     assert kinds["SkipLayerNormalization"] == 2 * blocks + 1 and kinds["BiasGelu"] == blocks
     assert "Split" not in kinds and "Softmax" not in kinds
     # What attention multiplies by is the plain form's weight as it is stored, turned when a session is made.

@@ -549,6 +549,10 @@ def test_visible_and_hidden_tokens_have_opposite_ranges() -> None:
     most = max(axes["V"][2] + axes["P"][2] + axes["U"][2] for axes in bands)
     assert most < config.seq_len + 64 + 25
     assert axis_ranges(config, (1, 8, 64), 16, 64)[0]["V"][0] == 0  # without a graph for first steps
+    # The head draws what a first step predicts, all tokens of a single step included, and has one profile.
+    head = GraphInfo("inner_condition", "f", 20, (TensorInfo("z", "float32", ("N", 4)),), (), "head")
+    (profile,) = profiles(head, axis_ranges(config, (1, 8, 64), 1, 64, least_visible=1))
+    assert profile["z"][2] == (2 * config.seq_len * 64, 4)
 
 
 def test_tensors_too_large_for_the_library_are_refused_when_a_build_is_planned(

@@ -14,17 +14,19 @@ import torch
 from cpu_kernels import SCHEDULES, requires_compiler
 from fake_driver import FakeDriver, FakeNvrtc
 from fake_gpu import FakeCudaRuntime
-from tiny_bundles import TINY, tiny_bundle
+from tiny_bundles import TINY
 
 from arinar.config import ArinarConfig
-from arinar.export.gmm_head import InnerCondition
+from arinar.export.gmm_head import LAW, InnerCondition, specs
+from arinar.export.trace import WeightStore, export_graph
 from arinar.inner import InnerAR
+from arinar.measure.cost import kernel_feature
 from arinar.runtime import Bundle, gmm
 from arinar.runtime.backends.cuda import Cuda
 from arinar.runtime.kernels import compiler
 from arinar.runtime.kernels.compiler import KernelError
 from arinar.runtime.kernels.inner import PRODUCTS, TokenKernels, fits
-from arinar.runtime.kernels.source import FOLDER, Source, inner_source
+from arinar.runtime.kernels.source import FOLDER, Source, block_columns, inner_source
 from arinar.runtime.kernels.weights import BlockWeights, InnerWeights, Linear, read_inner_weights
 
 pytestmark = requires_compiler
@@ -216,16 +218,27 @@ def test_a_barrier_that_is_left_out_is_noticed(index: int) -> None:
 # -- the weights
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_weights_are_read_out_of_the_graph(shared_folder: Path, precision: str) -> None:
-    from tiny_bundles import tiny_model
+def traced(inner: InnerAR, folder: Path) -> Path:
+    """Its graph of a feature, as a bundle has it."""
+    store = WeightStore(folder / "weights.data")
+    (spec,) = (spec for spec in specs(inner, LAW) if spec.name == "inner_step")
+    path = export_graph(spec, folder, store)
+    store.close()
+    return path
 
-    bundle = Bundle.open(tiny_bundle(shared_folder, TINY))
-    found = read_inner_weights(bundle.graph_path(bundle.manifest.precision_graphs(precision)["inner_step"]), TINY)
-    model, _ = tiny_model(TINY)
-    inner: Any = model.head
-    want = weights_of(inner, {"fp32": "float32", "fp16": "float16"}[precision])
-    assert found.dtype == want.dtype and len(found.blocks) == TINY.inner_depth
+
+@pytest.mark.parametrize(("dtype", "biases"), [("float32", True), ("float16", True), ("float32", False)])
+def test_weights_are_read_out_of_the_graph(tmp_path: Path, dtype: str, biases: bool) -> None:
+    """Two blocks; a bias of zeros, as an untrained model has, is not in the graph."""
+    inner = random_inner(DEEP).to(getattr(torch, dtype))
+    inner.head.float()
+    if not biases:
+        with torch.no_grad():
+            for name, parameter in inner.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+    found, want = read_inner_weights(traced(inner, tmp_path), DEEP), weights_of(inner, dtype)
+    assert found.dtype == want.dtype and len(found.blocks) == DEEP.inner_depth
     pairs = [(found.entry, want.entry), (found.head, want.head)]
     pairs += [(getattr(a, name), getattr(b, name)) for a, b in zip(found.blocks, want.blocks, strict=True) for name in PRODUCTS]
     for have, right in pairs:
@@ -234,16 +247,28 @@ def test_weights_are_read_out_of_the_graph(shared_folder: Path, precision: str) 
     assert np.array_equal(found.places, want.places)
 
 
-def test_a_graph_of_another_model_is_refused(shared_folder: Path) -> None:
-    bundle = Bundle.open(tiny_bundle(shared_folder, TINY))
-    graphs = bundle.manifest.precision_graphs("fp32")
-    step = bundle.graph_path(graphs["inner_step"])
-    with pytest.raises(KernelError, match=r"inner_step.onnx has other products than .* export the model again"):
-        read_inner_weights(step, TINY.replace(inner_depth=2))
+def test_a_graph_of_another_model_is_refused(demo_bundle: Any) -> None:
+    step = digits_step(demo_bundle)
+    config = Bundle.open(demo_bundle("digits")).manifest.config
+    for change in ({"inner_depth": 2}, {"inner_width": 32}, {"num_gaussians": 5}):
+        with pytest.raises(KernelError, match=r"inner_step.onnx has other products than .* export the model again"):
+            read_inner_weights(step, config.replace(**change))
     with pytest.raises(KernelError, match="other products"):
-        read_inner_weights(bundle.graph_path(graphs["inner_condition"]), TINY)
-    with pytest.raises(KernelError, match=r"no table of shape \(7, 16\)"):
-        read_inner_weights(step, TINY.replace(vae_embed_dim=7))
+        read_inner_weights(step.with_name("inner_condition.onnx"), config)
+    with pytest.raises(KernelError, match=r"no table of shape \(20, 64\)"):
+        read_inner_weights(step, config.replace(vae_embed_dim=20, latent_scale=1.0, latent_shift=0.0))
+
+
+def test_what_a_feature_costs() -> None:
+    """Every tile of 8 rows reads all weights, whatever rows it has."""
+    weights = (3 + 1 + 4 + 4) * 768**2
+    for rows, tiles in ((1, 1), (8, 1), (9, 2), (64, 8)):
+        cost = kernel_feature(ArinarConfig(), rows)
+        assert (cost.launches, cost.weight_bytes, cost.multiply_adds) == (6, tiles * weights * 2, tiles * 8 * weights)
+        assert cost.row_bytes == rows * kernel_feature(ArinarConfig(), 1).row_bytes
+    blocks = {name: -(-columns // block_columns(name)) for name, columns in zip(PRODUCTS, (2304, 768, 3072, 768), strict=True)}
+    assert blocks == {"qkv": 72, "project": 96, "expand": 96, "contract": 96}
+    assert kernel_feature(ArinarConfig(inner_depth=3), 8, 4).weight_bytes == 3 * weights * 4
 
 
 def test_shapes_that_the_kernels_lack() -> None:

@@ -286,11 +286,11 @@ class Cuda:
             return importlib.import_module("cuda.bindings.driver")
         return self.runtime.driver_api
 
-    def load_module(self, code: bytes, kernel: str) -> Any:
-        """A kernel of a cubin. It stays loaded as long as the process: recorded launches hold on to it."""
+    def load_module(self, code: bytes, kernels: Sequence[str]) -> dict[str, Any]:
+        """Kernels of a cubin, by name. It stays loaded as long as the process: recorded launches hold on to it."""
         self.activate()
         module = self.call_driver("cuModuleLoadData", code)
-        return self.call_driver("cuModuleGetFunction", module, kernel.encode())
+        return {name: self.call_driver("cuModuleGetFunction", module, name.encode()) for name in kernels}
 
     def launch_kernel(
         self,

@@ -80,8 +80,9 @@ class CudaBackend:
 
     name = "cuda"
     synchronous = False
-    #: Rows up to which our kernels make tokens: beyond, the library's products gain more than its launches cost.
-    native_rows = 64
+    #: Rows up to which our kernels make tokens: beyond, the library's products gain more than its launches cost (counted, not
+    #: timed: docs/kernels.md).
+    native_rows = 256
     #: How often a sequence runs before it is captured: until the library allocates no more.
     warm_up_runs = 1
 

@@ -27,7 +27,7 @@ class DrawKernel:
 
     def __init__(self, device: Any, code: bytes) -> None:
         self._device = device
-        self._function = device.load_module(code, "mixture_draw")
+        self._function = device.load_module(code, ["mixture_draw"])["mixture_draw"]
 
     def __call__(
         self,

@@ -3,7 +3,8 @@
 //
 // Products are made for few rows: every weight is read once for 8 of them. A warp makes 4 columns of 8 rows, its lanes dividing
 // the weights of a column, which lie together; where columns are few, some warps divide them further. All sums are in float32
-// and in a fixed order; weights, modulation, keys and values are of type T, what passes from kernel to kernel is float32.
+// and in a fixed order. Of type T are weights, modulation, keys, values and what products begin with; queries and the residual
+// stream are float32.
 //
 // From Python, besides the draw's: NUMBER (that type), WIDTH, HEADS, HIDDEN, FEATURES, MODULATIONS, NORM_EPS, ATTENTION_SCALE;
 // QKV_SPLIT, PROJECT_SPLIT, EXPAND_SPLIT, CONTRACT_SPLIT: how many warps divide a column of a product.
@@ -149,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // Attention of every head of a row, a block's, to the cached positions up to this one: a warp a head, two lanes a position.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    inner_attend(const float* query, const T* cache, float* attended, int position) {
+    inner_attend(const float* query, const T* cache, T* attended, int position) {
   int row = blockIdx.x, slot = lane() / 2, half = lane() % 2 * (HEAD_DIM / 2);
   for (int head = warp(); head < HEADS; head += WARPS) {
     const float* q = query + size_t(row) * WIDTH + head * HEAD_DIM;
@@ -171,29 +172,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float share = __shfl_sync(ALL_LANES, weight, 2 * s);
         if (i < HEAD_DIM) sum += share * widen(kept[(size_t(s) * 2 + 1) * WIDTH + i]);
       }
-      if (i < HEAD_DIM) attended[size_t(row) * WIDTH + head * HEAD_DIM + i] = sum;
+      if (i < HEAD_DIM) attended[size_t(row) * WIDTH + head * HEAD_DIM + i] = narrow(sum);
     }
   }
 }
 
 // stream += gamma (x W + bias): what leaves the attention, or the MLP. `which`: the gamma's number.
 template <int K, int SPLIT>
-__device__ inline void add_product(Sums& sums, const float* from, const T* weight, const T* bias, const T* modulation,
+__device__ inline void add_product(Sums& sums, const T* from, const T* weight, const T* bias, const T* modulation,
                                    float* stream, int rows, int which) {
-  Rows<float> x = {from + size_t(first_row()) * K, K, last_of_tile(rows)};
+  Rows<T> x = {from + size_t(first_row()) * K, K, last_of_tile(rows)};
   product<K, WIDTH, SPLIT>(sums, x, weight, [&](int r, int column, float sum) {
     size_t row = first_row() + r;
     stream[row * WIDTH + column] += widen(modulation_of(modulation, row, which)[column]) * (sum + widen(bias[column]));
   });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) inner_project(const float* attended, const T* weight, const T* bias,
+extern "C" __global__ void __launch_bounds__(THREADS) inner_project(const T* attended, const T* weight, const T* bias,
                                                                     const T* modulation, float* stream, int rows, int block) {
   SHARED(ProductRoom, room);
   add_product<WIDTH, PROJECT_SPLIT>(room.sums, attended, weight, bias, modulation, stream, rows, 6 * block);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) inner_contract(const float* hidden, const T* weight, const T* bias,
+extern "C" __global__ void __launch_bounds__(THREADS) inner_contract(const T* hidden, const T* weight, const T* bias,
                                                                      const T* modulation, float* stream, int rows, int block) {
   SHARED(ProductRoom, room);
   add_product<HIDDEN, CONTRACT_SPLIT>(room.sums, hidden, weight, bias, modulation, stream, rows, 6 * block + 1);
@@ -203,7 +204,7 @@ __device__ inline float gelu(float x) { return 0.5f * x * (1 + tanhf(0.79788456f
 
 // The first half of the MLP, its norm before it and its activation behind it: hidden (rows, HIDDEN).
 extern "C" __global__ void __launch_bounds__(THREADS) inner_expand(const float* stream, const T* modulation, const T* weight,
-                                                                   const T* bias, float* hidden, int rows, int block) {
+                                                                   const T* bias, T* hidden, int rows, int block) {
   SHARED(NormRoom, room);
   int own = first_row() + (warp() < last_of_tile(rows) ? warp() : last_of_tile(rows));
   normalise(room.row[warp()], modulation_of(modulation, own, 6 * block + 3), modulation_of(modulation, own, 6 * block + 5),
@@ -211,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) inner_expand(const float* 
   __syncthreads();
   Rows<float> x = {room.row[0], WIDTH, last_of_tile(rows)};
   product<WIDTH, HIDDEN, EXPAND_SPLIT>(room.sums, x, weight, [&](int r, int column, float sum) {
-    hidden[size_t(first_row() + r) * HIDDEN + column] = gelu(sum + widen(bias[column]));
+    hidden[size_t(first_row() + r) * HIDDEN + column] = narrow(gelu(sum + widen(bias[column])));
   });
 }
 

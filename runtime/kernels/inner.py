@@ -14,11 +14,9 @@ import numpy as np
 from arinar.config import ArinarConfig
 
 from .compiler import cubin
-from .source import DRAW_THREADS, MOST_GAUSSIANS, SPLITS, inner_source
+from .source import COLUMNS, DRAW_THREADS, LANES, MOST_GAUSSIANS, ROWS, SPLITS, block_columns, inner_source
 from .weights import InnerWeights, Linear, read_inner_weights
 
-#: Rows of a tile, columns of a warp: as in inner.cu.
-ROWS, COLUMNS, LANES = 8, 4, 32
 #: Features whose keys a warp's lanes hold, two each. Widths of which 8 rows fit a block's static shared memory.
 MOST_FEATURES, MOST_WIDTH = LANES // 2, 1472
 #: A block's products, by the kernel that makes each.
@@ -55,15 +53,16 @@ class TokenKernels:
 
     def __init__(self, device: Any, code: bytes, weights: InnerWeights, config: ArinarConfig, most_rows: int) -> None:
         self._device, self._config, self.most_rows = device, config, most_rows
-        self._kernels = {name: device.load_module(code, f"inner_{name}") for name in (*PRODUCTS, "attend", "draw")}
+        self._kernels = device.load_module(code, [f"inner_{name}" for name in (*PRODUCTS, "attend", "draw")])
         width, dtype = config.inner_width, weights.dtype
         self._entry, self._places = self._linear(weights.entry, dtype), self._upload(weights.places, dtype)
         self._blocks = [{name: self._linear(getattr(block, name), dtype) for name in PRODUCTS} for block in weights.blocks]
         self._head = self._linear(weights.head, "float32")
         device.synchronize()
         # What passes from kernel to kernel. Keys and values of all blocks: (depth, N, D, 2, W).
-        self._stream, self._query, self._attended = (device.empty((most_rows, width), "float32") for _ in range(3))
-        self._hidden = device.empty((most_rows, int(width * config.inner_mlp_ratio)), "float32")
+        self._stream, self._query = (device.empty((most_rows, width), "float32") for _ in range(2))
+        self._attended = device.empty((most_rows, width), dtype)
+        self._hidden = device.empty((most_rows, int(width * config.inner_mlp_ratio)), dtype)
         self._cache = device.empty((config.inner_depth, most_rows, config.token_dim, 2, width), dtype)
 
     def __call__(
@@ -80,6 +79,7 @@ class TokenKernels:
         guidance_scale (M,) or None, temperature (M,) -> tokens (M, D); feature (N, 1) is overwritten."""
         rows = start.shape[0]
         drawn = tokens.size // self._config.token_dim
+        assert start.dtype == modulation.dtype == self._cache.dtype
         assert rows <= self.most_rows and rows == drawn * (1 if guidance_scale is None else 2)
         for position in range(self._config.token_dim):
             for index in range(self._config.inner_depth):
@@ -99,11 +99,10 @@ class TokenKernels:
 
     def _product(self, name: str, rows: int, *arguments: Any) -> None:
         columns = self._blocks[0][name][0].shape[0]
-        in_block = DRAW_THREADS // LANES // SPLITS[name] * COLUMNS
-        self._launch(name, (-(-columns // in_block), -(-rows // ROWS), 1), *arguments)
+        self._launch(name, (-(-columns // block_columns(name)), -(-rows // ROWS), 1), *arguments)
 
     def _launch(self, name: str, grid: tuple[int, int, int], *arguments: Any) -> None:
-        self._device.launch_kernel(self._kernels[name], grid, (DRAW_THREADS, 1, 1), arguments)
+        self._device.launch_kernel(self._kernels[f"inner_{name}"], grid, (DRAW_THREADS, 1, 1), arguments)
 
     def _linear(self, linear: Linear, dtype: str) -> tuple[Any, Any]:
         return self._upload(linear.weight, dtype), self._upload(linear.bias, dtype)

@@ -17,9 +17,11 @@ HEADERS = ("device.cuh", "draw.cuh")
 LAW = "CELLS_PER_GAUSSIAN REACH TABLE_NODES NODES EVEN_RANGE SOFT_MIN LOG_TW_MIN LOG_TW_MAX LOGIT_MAX MAX_LEAN TINY SMALL"
 #: Threads of a row's block: with the published four Gaussians, one for each cell.
 DRAW_THREADS = 256
-#: How many warps of a block of eight divide a column of each product of the inner model: so many that, at the published size,
-#: each of a large GPU's 132 multiprocessors has a block, or nearly so.
-SPLITS = {"qkv": 2, "project": 4, "expand": 2, "contract": 8}
+#: How many warps of a block of eight divide a column of each product of the inner model: at the published size that makes 72
+#: or 96 blocks for every 8 rows. More would occupy more of a large GPU, and read the rows more often than the weights.
+SPLITS = {"qkv": 1, "project": 4, "expand": 1, "contract": 4}
+#: Rows of a tile, columns of a warp: as in inner.cu.
+ROWS, COLUMNS, LANES = 8, 4, 32
 #: Gaussians of a mixture, at most: beyond, a row's cells do not fit a block's static shared memory (48 KiB).
 MOST_GAUSSIANS = 32
 
@@ -89,6 +91,11 @@ def inner_source(config: ArinarConfig, num_candidates: int, dtype: str) -> Sourc
             }
         ),
     )
+
+
+def block_columns(product: str) -> int:
+    """Columns that a block makes of a product."""
+    return DRAW_THREADS // LANES // SPLITS[product] * COLUMNS
 
 
 def constants(values: Mapping[str, str | float | Iterable[float]]) -> str:

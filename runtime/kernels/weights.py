@@ -54,13 +54,15 @@ def read_inner_weights(path: Path, config: ArinarConfig) -> InnerWeights:
     """Raises KernelError where the graph is not what the exporter makes of the config; OSError, ValueError: a broken file."""
     graph = Graph(path)
     width, hidden = config.inner_width, int(config.inner_width * config.inner_mlp_ratio)
-    products = graph.products()
+    products, ends = graph.products(), graph.linears()
     sizes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)] * config.inner_depth
-    if [product.weight.shape[::-1] for product in products] != sizes:
+    if [product.weight.shape[::-1] for product in products] != sizes or [end.weight.shape for end in ends] != [
+        (width, 1),
+        (3 * config.num_gaussians, width),
+    ]:
         raise KernelError(f"{path.name} has other products than a model of this config; export the model again")
     blocks = [BlockWeights(*products[first : first + 4]) for first in range(0, len(products), 4)]
-    entry, head = (graph.linear(f"inner.{name}.weight") for name in ("input_proj", "head"))
-    return InnerWeights(entry, graph.table((config.token_dim, width)), tuple(blocks), head)
+    return InnerWeights(ends[0], graph.table((config.token_dim, width)), tuple(blocks), ends[1])
 
 
 class Node(NamedTuple):
@@ -81,9 +83,7 @@ class Graph:
             self._tensors |= {self._text(*place, 8): place for place in self._inside(first, last, 5)}
 
     def tensor(self, name: str) -> Array:
-        """A constant's values. Raises KernelError where there is none of the name, or it is no floating-point tensor."""
-        if name not in self._tensors:
-            raise KernelError(f"{self.path.name} has no constant {name!r}; export the model again")
+        """A constant's values. Raises KernelError where it is no floating-point tensor."""
         first, last = self._tensors[name]
         numbers = list(integers(self._data, first, last))
         shape = [value for number, value in numbers if number == 1]
@@ -95,29 +95,27 @@ class Graph:
         raw = self._external(first, last) or b"".join(self._data[a:b] for a, b in self._inside(first, last, 9))
         return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
-    def linear(self, weight: str) -> Linear:
-        """The product with a weight of this name, and what is added to it (nothing where it is zeros: that is left out)."""
-        matrix = self.tensor(weight)
-        for node in self.nodes:
-            if node.kind == "Gemm" and node.inputs[1] == weight:
-                bias = self.tensor(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(len(matrix), matrix.dtype)
-                return Linear(matrix, bias)
-        raise KernelError(f"{self.path.name} has no product with {weight!r}; export the model again")
-
     def products(self) -> list[Linear]:
-        """Products with a constant matrix and a constant added to them, in the order of the graph."""
+        """Products with a constant matrix (inputs, outputs) and what is added to them, in the order of the graph."""
         found = []
         for node in self.nodes:
             if node.kind == "MatMul" and node.inputs[1] in self._tensors:
-                (bias,) = (
-                    name
-                    for adding in self.nodes
-                    if adding.kind == "Add" and node.outputs[0] in adding.inputs
-                    for name in adding.inputs
-                    if name in self._tensors
-                )
-                found.append(Linear(np.ascontiguousarray(self.tensor(node.inputs[1]).T), self.tensor(bias)))
+                adding = (name for other in self._reading(node.outputs[0], "Add") for name in other.inputs)
+                found.append(self._linear(self.tensor(node.inputs[1]).T, [name for name in adding if name in self._tensors]))
         return found
+
+    def linears(self) -> list[Linear]:
+        """Products that are one node with their bias: constant matrices (outputs, inputs)."""
+        gemms = [node for node in self.nodes if node.kind == "Gemm" and self._tensors.keys() >= set(node.inputs[1:])]
+        return [self._linear(self.tensor(node.inputs[1]), node.inputs[2:]) for node in gemms]
+
+    def _linear(self, weight: Array, bias: list[str]) -> Linear:
+        """A bias of zeros is not in the graph."""
+        given = self.tensor(bias[0]) if bias else np.zeros(len(weight), weight.dtype)
+        return Linear(np.ascontiguousarray(weight), given)
+
+    def _reading(self, name: str, kind: str) -> list[Node]:
+        return [node for node in self.nodes if node.kind == kind and name in node.inputs]
 
     def table(self, shape: tuple[int, int]) -> Array:
         """The first constant of a shape that rows are gathered from; of a large model it is the first of a batch of one."""
