@@ -172,17 +172,20 @@ def kills(bundle: Path, images: int, kills: int, count: int, seed: int) -> None:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         arinar(*words, "-o", whole)
         command = [sys.executable, "-m", "arinar", *map(str, (*words, "-o", broken, "--workers", count, "--json"))]
-        starts = 0
-        while True:
-            starts += 1
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _kill_parts(process, rng, killed, kills)
-            if process.wait() == 0:
-                break
-            if starts > 3 * kills:
-                raise click.ClickException("the run does not come to an end")
+        ends: list[str] = []  # why the command ended before the run did
+        while len(ends) <= 3 * kills:
+            with tempfile.TemporaryFile("w+") as errors:
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+                _kill_parts(process, rng, killed, kills)
+                if process.wait() == 0:
+                    break
+                errors.seek(0)
+                last = errors.read().replace("\r", "\n").strip().splitlines()
+                ends.append("killed" if process.returncode < 0 else last[-1] if last else "?")
+        else:
+            raise click.ClickException("the run does not come to an end")
         same = _hashes(whole) == _hashes(broken)
-        finish({"images": images, "workers": count, "killed": killed, "starts": starts, "same_bytes": same})
+        finish({"images": images, "workers": count, "killed": killed, "ends": ends, "same_bytes": same})
     if not same:
         raise SystemExit(1)
 

@@ -44,8 +44,12 @@ def tensor_cores() -> Iterator[None]:
     def conv2d(x: Tensor, weight: Tensor, bias: Tensor, *others: Any, **options: Any) -> Tensor:
         return convolve(factor(x), factor(weight), bias.float(), *others, **options).to(x.dtype)
 
+    def matmul(a: Any, b: Any) -> Tensor:
+        out: Tensor = multiply(factor(a), factor(b)).to(a.dtype)
+        return out
+
     F.conv2d = conv2d  # type: ignore[assignment]
-    torch.Tensor.__matmul__ = lambda a, b: multiply(factor(a), factor(b)).to(a.dtype)  # type: ignore[method-assign,assignment]
+    torch.Tensor.__matmul__ = matmul  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+# Distances that are in memory at a time.
+TABLE = 1 << 21
 # Images that are the same count as this many dB.
 MAX_PSNR = 78.0
 
@@ -91,9 +93,10 @@ def precision_and_recall(made: Array, real: Array, *, neighbours: int = 3) -> tu
 
 
 def _reach(points: Array, neighbours: int) -> Array:
-    """(N,): squared distance of each to its k-th neighbour."""
-    # (The nearest is the point itself.)
-    return np.concatenate([np.partition(table, neighbours, 1)[:, neighbours] for table in _squared_distances(points, points)])
+    """(N,): squared distance of each to its k-th neighbour. (The nearest is the point itself.)"""
+    # (Copied: a column alone would keep its whole table.)
+    tables = _squared_distances(points, points)
+    return np.concatenate([np.partition(table, neighbours, 1)[:, neighbours].copy() for table in tables])
 
 
 def _covered(points: Array, centres: Array, reach: Array) -> float:
@@ -101,8 +104,9 @@ def _covered(points: Array, centres: Array, reach: Array) -> float:
     return sum(int((table <= reach).any(1).sum()) for table in _squared_distances(points, centres)) / len(points)
 
 
-def _squared_distances(a: Array, b: Array, block: int = 1024) -> Iterator[Array]:
-    """Tables (<= block, M) of |a - b|^2."""
+def _squared_distances(a: Array, b: Array) -> Iterator[Array]:
+    """Tables (some, M) of |a - b|^2."""
+    block = max(1, TABLE // len(b))
     b = b.astype(np.float64)
     norms = np.square(b).sum(1)
     for start in range(0, len(a), block):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from arinar.cli import main
+from arinar.measure import distances, image_sets
 from arinar.measure import evaluate as evaluate_module
-from arinar.measure import image_sets
 from arinar.measure import moments as moments_module
 from arinar.measure.distances import frechet_distance, kernel_distance, precision_and_recall
 from arinar.measure.evaluate import Evaluation, evaluate, frechet_replicates, inception_score
@@ -126,7 +127,8 @@ def test_kid_is_the_unbiased_estimate() -> None:
 
 def test_precision_and_recall_are_by_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    made, real = rng.normal(0, 0.7, (1100, 5)), rng.normal(0.2, 1, (90, 5))  # more than a block
+    made, real = rng.normal(0, 0.7, (1100, 5)), rng.normal(0.2, 1, (90, 5))
+    monkeypatch.setattr(distances, "TABLE", 5000)  # many tables, the last one short
     inside = []
     for points, centres in ((made, real), (real, made)):
         reach = np.sort(scipy.spatial.distance.cdist(centres, centres), 1)[:, 3]
@@ -455,3 +457,13 @@ def test_inception_reads_a_file_of_weights_without_running_it(sets: tuple[str, s
     torch.save({"a": Path("x")}, weights)  # what torch.load would make
     with pytest.raises(ValueError, match="cannot be read as weights"):
         feature_extractor("inception", None, weights)
+
+
+def test_precision_and_recall_hold_a_table_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "TABLE", 100_000)
+    points = np.random.default_rng(0).normal(0, 1, (3000, 4))  # all distances: 72 MB
+    tracemalloc.start()
+    precision_and_recall(points, points[::2])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6

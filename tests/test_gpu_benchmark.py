@@ -120,7 +120,7 @@ def test_all_checks_on_tensorrt(
     assert told == {(contender, *size) for contender in ("pytorch", "tensorrt") for size in sizes}
     assert {row["phase"] for row in data["launching"] if row["backend"] == "tensorrt"} == {"outer", "head", "decode"}
     assert all(row["passed"] for row in data["parity"]) and len(data["parity"]) == 2
-    assert {item["what"] for item in data["skipped"]} == {"capture of digits"}
+    assert {item["what"] for item in data["skipped"]} == {"capture of digits", "tokens by our kernels on tensorrt"}
     assert {row["vae_precision"] for row in data["phases"]} == {"fp32"}
     summary(made.report)
 
@@ -137,6 +137,24 @@ def test_the_kernels(
     run(made, ("kernels",))
     (plain, guided) = made.report.data["findings"]
     assert "at most 0.0001 was expected" in plain["evidence"] and guided["severity"] == "broken"
+
+
+@requires_compiler
+def test_tokens_by_the_kernels(
+    bundles: dict[str, Path], runtime: FakeCudaRuntime, with_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library("tensorrt", runtime, monkeypatch)
+    made = session(bundles, tmp_path)
+    launched, pipeline = graphs.record(made, "fused"), made.open("digits", "tensorrt")
+    graphs.tokens(made, pipeline, launched)
+    (row,) = made.report.data["graphs"]
+    assert row["error"] <= row["limit"]
+    launched["inner_token_guided"].outputs["tokens"][0] += 1
+    with pytest.raises(AssertionError, match="tokens are off by"):
+        graphs.tokens(made, pipeline, launched)
+    pipeline.loop.head.token = None  # type: ignore[attr-defined]
+    graphs.tokens(made, pipeline, launched)
+    assert made.report.data["skipped"]
 
 
 def test_on_onnxruntime_and_after_failures(

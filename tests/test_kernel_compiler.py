@@ -123,7 +123,7 @@ def test_a_source_that_does_not_compile_says_why(nvrtc: FakeNvrtc, tmp_path: Pat
 # -- the real compiler, which needs neither GPU nor driver
 
 requires_nvrtc = pytest.mark.skipif(
-    importlib.util.find_spec("cuda") is None and os.environ.get("ARINAR_KERNELS") != "1",
+    importlib.util.find_spec("cuda") is None and os.environ.get("ARINAR_NVRTC") != "1",
     reason="needs cuda-bindings and nvidia-cuda-nvrtc",
 )
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")

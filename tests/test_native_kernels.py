@@ -110,7 +110,7 @@ def test_tokens_by_the_kernels_are_those_of_the_graphs(
     """Warm-up, capture, replay; steps of few rows by the kernels, of more by the graphs and the draw."""
     call: dict[str, Any] = {"labels": LABELS[:1], "num_iter": 4, "guidance_scale": 2.5}
     reference = Pipeline.load(digits, backend="onnxruntime-cpu", threads=1, verify=False, inner="stepwise")
-    wanted = [reference.generate(**call, seed=seed) for seed in range(3)]
+    wanted = [reference.generate(**call, seed=seed) for seed in range(4)]
     pipeline = gpu(digits, runtime, backend, monkeypatch, rows=4)
     found = []
     for seed, want in enumerate(wanted):
@@ -121,7 +121,8 @@ def test_tokens_by_the_kernels_are_those_of_the_graphs(
     names = Counter(launch.name.removeprefix("inner_") for launch in runtime.driver_api.launches)
     few = names["qkv"]
     assert few and names["mixture_draw"] and names == {**dict.fromkeys(FEATURE, few), "mixture_draw": names["mixture_draw"]}
-    assert found[0] * 2 == found[1] == found[2]  # the last time nothing is issued but recordings
+    each, most = found[0], 1 + pipeline.backend.warm_up_runs  # type: ignore[attr-defined]
+    assert found == [each * min(run, most) for run in range(1, 5)]  # from then on nothing is issued but recordings
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -40,13 +40,15 @@ def check(session: Session) -> None:
             remedy = "reproduce with this graph and these shapes; at an edge of the outer step, keep that launch from the GPU"
             with report.check(f"graphs: {what} on {backend}", remedy):
                 compare(session, pipeline, infos[launch.graph], what, launch)
+        with report.check(f"graphs: tokens by our kernels on {backend}", "runtime/kernels/inner.cu, beside inner_token_guided"):
+            tokens(session, pipeline, launched)
         on_the_cpu(session, backend, pipeline)
 
 
 def record(session: Session, mode: str) -> dict[str, Launched]:
     """The first launch of every graph in a guided generation, and the outer steps at the edges; by what they are."""
     pipeline = session.open(session.demo, "onnxruntime-cpu", inner=mode, threads=2)
-    pipeline.loop.outer.keep_first_step = False  # type: ignore[union-attr]
+    pipeline.loop.outer.keep_first_step = False  # type: ignore[attr-defined]
     backend: Any = pipeline.backend
     found: dict[str, Launched] = {}
     launch = backend.launch
@@ -98,6 +100,28 @@ def compare(session: Session, pipeline: Pipeline, info: GraphInfo, what: str, la
             f"output {worst} is off by {errors[worst]:.2g} of its largest value; at most {limit:.2g} was expected",
             "find the node: run the graph with its intermediate results as outputs on both sides",
         )
+
+
+def tokens(session: Session, pipeline: Pipeline, launched: Mapping[str, Launched]) -> None:
+    """Whole tokens by the kernels that take the graphs' place for a few rows, beside the graph's on the CPU."""
+    token, launch = getattr(pipeline.loop.head, "token", None), launched.get("inner_token_guided")
+    if token is None or launch is None:
+        session.report.skip(f"tokens by our kernels on {pipeline.backend.name}", "the backend has none")
+        return
+    backend, config, want = pipeline.backend, pipeline.config, launch.outputs["tokens"].reshape(-1, pipeline.config.token_dim)
+    z = backend.upload(launch.inputs["z"].reshape(-1, config.z_width))
+    uniforms = launch.inputs["uniforms"].reshape(len(want), config.token_dim, -1)
+    scale, temperature = (backend.upload(launch.inputs[name].reshape(-1)) for name in ("guidance_scale", "temperature"))
+    buffers = pipeline.loop.head._chain_buffers(z.shape[0])  # type: ignore[attr-defined]
+    made = backend.empty(want.shape, "float32")
+    backend.launch("inner_condition", {"z": z}, {"start": buffers.start, "modulation": buffers.modulation})
+    given = [backend.upload(np.ascontiguousarray(uniforms[:, place])) for place in range(config.token_dim)]
+    token(buffers.start, buffers.modulation, given, scale, temperature, buffers.feature, made)
+    error = float(np.abs(backend.download(made) - want).max() / max(1.0, np.abs(want).max()))
+    limit = THRESHOLDS[session.precision].token
+    session.report.add("graphs", {"graph": "tokens by our kernels", "backend": backend.name, "error": error, "limit": limit})
+    if not error <= limit:
+        raise AssertionError(f"tokens are off by {error:.2g} of the largest; at most {limit:.2g} was expected")
 
 
 def on_the_cpu(session: Session, backend: str, pipeline: Pipeline) -> None:

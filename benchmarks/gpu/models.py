@@ -104,6 +104,8 @@ class Exports:
         self.start(name, precision)
         if (name, precision) in self.running:
             process, log = self.running[name, precision]
+            if process.poll() is None:
+                self.report.say(f"waiting for the export of {name} {precision}")
             try:
                 code = process.wait(max(1.0, self.report.left() - 20))
             except subprocess.TimeoutExpired:

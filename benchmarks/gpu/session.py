@@ -37,7 +37,7 @@ class Session:
     guidance_scale: float
     no_demo: bool = False
     most: int = 64
-    built: set[str] = field(default_factory=set)
+    names: dict[str, list[str]] = field(default_factory=dict)
     pipelines: dict[tuple[str, str], Pipeline] = field(default_factory=dict)
 
     def steps(self, config: ArinarConfig) -> int:
@@ -62,8 +62,10 @@ class Session:
     def possible(self, name: str) -> list[str]:
         """GPU backends that open a bundle, their engines built; why the others do not is written down, and a finding where
         none does."""
+        if name in self.names:
+            return self.names[name]
         self.build(name)
-        names, verdicts = [], {}
+        names, verdicts = self.names.setdefault(name, []), {}
         for backend in BACKENDS:
             try:
                 self.open(name, backend).loop.prepare(guided=True)
@@ -71,23 +73,20 @@ class Session:
                 verdicts[backend] = "possible"
             except Exception as error:
                 verdicts[backend] = f"{type(error).__name__}: {error}"
-        known = self.report.data.setdefault("backends", {})
-        if name not in known:
-            known[name] = verdicts
-            for backend, verdict in verdicts.items():
-                self.report.say(f"{backend} on {name}: {verdict.splitlines()[0][:300]}")
-            if not names:
-                evidence = "; ".join(f"{backend}: {verdict}" for backend, verdict in verdicts.items())
-                self.report.find("broken", f"backends on {name}", evidence, "each message names what is missing")
+        self.report.data.setdefault("backends", {})[name] = verdicts
+        for backend, verdict in verdicts.items():
+            self.report.say(f"{backend} on {name}: {verdict.splitlines()[0][:300]}")
+        if not names:
+            evidence = "; ".join(f"{backend}: {verdict}" for backend, verdict in verdicts.items())
+            self.report.find("broken", f"backends on {name}", evidence, "each message names what is missing")
         return names
 
     def build(self, name: str) -> None:
         """Engines for this GPU, where a TensorRT library is installed and the bundle has none yet."""
         module = next((module for module in BUILDERS if installed(module)), None)
         path = self.path(name)
-        if module is None or name in self.built:
+        if module is None:
             return
-        self.built.add(name)
         # (Larger batches: attention's scores would have more elements at the profile's end than an axis may count.)
         command = [sys.executable, "-m", "arinar", "build", str(path), "--backend", BUILDERS[module]]
         command += ["--precision", self.precision, "--batch", f"1:{min(8, self.most)}:{self.most}"]

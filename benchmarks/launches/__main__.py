@@ -10,6 +10,7 @@ graph, launches of CUDA graphs, calls and waits of the host, bytes, operations, 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def report(
     bundle: Bundle,
     backend: str,
     precision: str,
-    batches: list[int],
-    gpu: Gpu,
+    batches: Sequence[int],
+    gpus: Sequence[Gpu],
     *,
     num_iter: int | None = None,
     guidance_scale: float | None = None,
@@ -47,15 +48,14 @@ def report(
     rows = []
     for batch in batches:
         walk = record(bundle, backend, precision, batch, num_iter=num_iter, guidance_scale=scale, **options)
-        rows.append(row(graphs, walk, batch, gpu))
+        rows.append(row(graphs, walk, batch, gpus))
     return {
         "bundle": bundle.folder.name,
         "backend": backend,
         "precision": precision,
         "guidance_scale": scale,
         "options": options,
-        "gpu": gpu.name,
-        "assumptions": [COUNTED_BY[backend], *assumptions(gpu)],
+        "assumptions": [COUNTED_BY[backend], *assumptions(gpus)],
         "results": rows,
     }
 
@@ -92,8 +92,9 @@ def table(data: dict[str, Any]) -> str:
         line("  MB read", share, "read_mb")
         line("  MB written", share, "written_mb")
         line("  GFLOP of products", share, "gflop")
-    for name in rows[0]["ms_per_image"]:
-        line(f"ms per image on {data['gpu']}: {name}", "ms_per_image", name)
+    for gpu, times in rows[0]["ms_per_image"].items():
+        for name in times:
+            line(f"ms per image on {gpu}: {name}", "ms_per_image", gpu, name)
     return "\n".join(aligned(lines))
 
 
@@ -116,7 +117,7 @@ def batch_sizes(context: click.Context, parameter: click.Parameter, value: str) 
 @click.option("--guidance", "guidance_scale", type=float, help="Guidance scale; 1 runs one branch. [default: the bundle's]")
 @click.option("--inner", help="How the head makes a token, fused or stepwise. [default: as the runtime chooses]")
 @click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Record launches. [default: as the backend does]")
-@click.option("--gpu", type=click.Choice(list(GPUS)), default="H100", show_default=True, help="Whose time is told.")
+@click.option("--gpu", "gpus", type=click.Choice(list(GPUS)), multiple=True, help="Whose time is told. [default: H100]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="File to write the counts to.")
 def main(
     path: Path,
@@ -127,16 +128,15 @@ def main(
     guidance_scale: float | None,
     inner: str | None,
     cuda_graphs: bool | None,
-    gpu: str,
+    gpus: tuple[str, ...],
     json_path: Path | None,
 ) -> None:
     """Count what generating with BUNDLE launches on a GPU; none is needed."""
     options = {key: value for key, value in {"inner": inner, "cuda_graphs": cuda_graphs}.items() if value is not None}
     try:
         bundle = Bundle.open(path)
-        data = report(
-            bundle, backend, precision, batches, GPUS[gpu], num_iter=num_iter, guidance_scale=guidance_scale, **options
-        )
+        named = [GPUS[name] for name in gpus or ("H100",)]
+        data = report(bundle, backend, precision, batches, named, num_iter=num_iter, guidance_scale=guidance_scale, **options)
     except (BundleError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     if json_path is not None:

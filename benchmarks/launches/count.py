@@ -100,8 +100,8 @@ class GraphCounts:
         return self._kernels[key]
 
 
-def row(graphs: GraphCounts, walk: Walk, batch: int, gpu: Gpu) -> dict[str, Any]:
-    """A micro-batch of ``batch`` images, JSON-ready: what an outer step comes to, and an image."""
+def row(graphs: GraphCounts, walk: Walk, batch: int, gpus: Sequence[Gpu]) -> dict[str, Any]:
+    """A micro-batch of ``batch`` images, JSON-ready: what an outer step comes to, and an image; its time on each GPU."""
     stretches = [walk.fill, *walk.steps, walk.decode]
     steps = [graphs.count(stretch, "outer") for stretch in walk.steps]
     counts = [graphs.count(walk.fill, "fill"), *steps, graphs.count(walk.decode, "decode")]
@@ -116,7 +116,7 @@ def row(graphs: GraphCounts, walk: Walk, batch: int, gpu: Gpu) -> dict[str, Any]
             "most_graph_launches": max(stretch.graph_launches for stretch in walk.steps),
         },
         "per_image": {**_launches(counts, batch), **_calls(stretches, batch)},
-        "ms_per_image": {name: round(1e3 * value / batch, 3) for name, value in _seconds(counts, stretches, gpu).items()},
+        "ms_per_image": {gpu.name: _milliseconds(counts, stretches, gpu, batch) for gpu in gpus},
     }
 
 
@@ -148,19 +148,20 @@ def _calls(stretches: Sequence[Stretch], share: int) -> dict[str, Any]:
     }
 
 
-def _seconds(counts: Sequence[Count], stretches: Sequence[Stretch], gpu: Gpu) -> dict[str, float]:
+def _milliseconds(counts: Sequence[Count], stretches: Sequence[Stretch], gpu: Gpu, batch: int) -> dict[str, float]:
     captured = sum(count.captured for count in counts)
     issued = sum(count.total for count in counts) - captured + sum(stretch.graph_launches for stretch in stretches)
     launching = ISSUED * issued + CAPTURED * captured
     work = [pair for count in counts for pair in count.work]
     moving, computing = (sum(part) for part in zip(*(gpu.seconds_of(*pair) for pair in work), strict=True))
-    return {
+    seconds = {
         "launches": launching,
         "bytes": moving,
         "operations": computing,
         "sum": launching + moving + computing,
         "overlapped": overlapped(gpu, work, launching),
     }
+    return {name: round(1e3 * value / batch, 3) for name, value in seconds.items()}
 
 
 def _number(value: float) -> float:

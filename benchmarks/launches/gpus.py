@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 #: Seconds of a launch: issued by the host one by one (what a library does between two launches included), and as a node of
@@ -48,16 +48,21 @@ GPUS = {
 }
 
 
-def assumptions(gpu: Gpu) -> list[str]:
+def assumptions(gpus: Sequence[Gpu]) -> list[str]:
     """What the times rest on, a line each."""
-    rates = ", ".join(f"{RATE_SHARE[kind] * rate / 1e12:.0f} TFLOP/s {kind}" for kind, rate in gpu.rates.items())
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in RATE_SHARE.items())
-    return [
+    lines = [
         f"a launch costs {ISSUED * 1e6:g} us issued by the host, {CAPTURED * 1e6:g} us in a CUDA graph; launching a CUDA graph "
         f"as much as an issued one",
-        f"{gpu.name}: {BANDWIDTH_SHARE * gpu.bandwidth / 1e12:.2f} TB/s ({BANDWIDTH_SHARE:.0%} of the peak), {rates} ({shares} "
-        f"of the peaks); {gpu.source}",
+        f"kernels reach {BANDWIDTH_SHARE:.0%} of the published bandwidth, and of the rates of products {shares}",
+    ]
+    for gpu in gpus:
+        rates = ", ".join(f"{rate / 1e12:g} TFLOP/s {kind}" for kind, rate in gpu.rates.items())
+        lines.append(f"{gpu.name}: published {gpu.bandwidth / 1e12:g} TB/s, {rates} ({gpu.source})")
+    return [
+        *lines,
         "every byte comes from the GPU's memory and goes there (none from a cache)",
+        "our own kernels read all of their arguments once; their products are few, and not counted",
         "sum: launches, bytes and operations one after another; overlapped: the longer of the launches and of the kernels, "
         "each of which takes the longer of its bytes and its operations",
     ]

@@ -127,6 +127,21 @@ class RecordingRuntime(FakeCudaRuntime):
         self.stretch.items += self._graph_items[graph]
 
 
+def _count_rows(head: Any, cuda: RecordingCuda) -> None:
+    """Tell for how many rows kernels make a token, and for how many their buffers are."""
+    token = getattr(head, "token", None)
+    if token is None:
+        return
+
+    def counted(start: Any, *arguments: Any) -> None:
+        cuda.rows, cuda.most = start.shape[0], token.most_rows
+        token(start, *arguments)
+        cuda.rows = cuda.most = 1
+
+    counted.most_rows = token.most_rows  # type: ignore[attr-defined]
+    head.token = counted
+
+
 class Driver:
     """What loads kernels of our own, on the recording runtime: any code will do, it does not run."""
 
@@ -140,12 +155,15 @@ class Driver:
 
 
 class RecordingCuda(Cuda):
-    """Keeps launches of our own kernels by name. All buffers among their arguments count as read, once."""
+    """Keeps launches of our own kernels by name. All buffers among their arguments count as read, once; of those that are
+    made for ``most`` rows, the ``rows`` that there are."""
 
     driver: Any = Driver()
+    rows = most = 1
 
     def launch_kernel(self, function: str, grid: Any, block: Any, arguments: Sequence[Any], *rest: Any, **more: Any) -> None:
-        read = sum(value.nbytes for value in arguments if isinstance(value, DeviceBuffer))
+        buffers = [value for value in arguments if isinstance(value, DeviceBuffer)]
+        read = sum(b.nbytes * self.rows // self.most if self.most in b.shape[:2] else b.nbytes for b in buffers)
         self.runtime.log.append(("cuLaunchKernel", function))
         self.runtime.note(Item("kernel", function, nbytes=(read, 0)))
 
@@ -163,13 +181,15 @@ def record(
     with _kernels(), _library(bundle, backend, precision, batch, runtime) as library:
         cuda = RecordingCuda(runtime=runtime)
         pipeline = Pipeline.load(bundle.folder, backend=backend, precision=precision, cuda=cuda, verify=False, **options)
+        _count_rows(pipeline.loop.head, cuda)
         labels = [i % pipeline.config.num_classes for i in range(batch)]
         sampling = pipeline.resolve(labels, num_iter=num_iter, guidance_scale=guidance_scale, batch_size=batch)
         (part,) = sampling.batches()
         for round_ in range(MOST_ROUNDS):
             graphs = len(runtime.graph_sizes)
             walk = _walk(pipeline, part.batch, runtime, library)
-            if round_ > 0 and len(runtime.graph_sizes) == graphs:
+            warm = getattr(pipeline.backend, "warm_up_runs", 1)
+            if round_ >= warm and len(runtime.graph_sizes) == graphs:
                 return walk
     raise RuntimeError(f"the backend still captures after {MOST_ROUNDS} micro-batches of one shape")
 
