@@ -290,7 +290,8 @@ def _check_reconstruction(psnr: float, accept: bool, progress: bool) -> None:
         raise ValueError(
             f"the autoencoder reconstructs these images with a PSNR of {psnr:.1f} dB; expected at least {LEAST_PSNR:g} dB: a "
             f"model cannot draw what its autoencoder cannot. Train one on them first, or longer (`arinar train vae --data "
-            f"FOLDER -o my-vae.safetensors --steps N`, then --vae my-vae.safetensors), or accept it with --accept-reconstruction"
+            f"FOLDER -o my-vae.safetensors --steps N`, then --vae my-vae.safetensors), or accept it with "
+            "--accept-reconstruction"
         )
 
 
