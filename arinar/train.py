@@ -289,8 +289,9 @@ def _check_reconstruction(psnr: float, accept: bool, progress: bool) -> None:
     if not accept and not psnr >= LEAST_PSNR:  # NaN too
         raise ValueError(
             f"the autoencoder reconstructs these images with a PSNR of {psnr:.1f} dB; expected at least {LEAST_PSNR:g} dB: a "
-            f"model cannot draw what its autoencoder cannot. Train one on them first (`arinar train vae --data FOLDER -o "
-            f"my-vae.safetensors`, then --vae my-vae.safetensors), or accept it with --accept-reconstruction"
+            f"model cannot draw what its autoencoder cannot. Train one on them first, or longer (`arinar train vae --data "
+            f"FOLDER -o my-vae.safetensors --steps N`, then --vae my-vae.safetensors), or accept it with "
+            "--accept-reconstruction"
         )
 
 

@@ -38,7 +38,7 @@ READING = ("inspect", "parity", "bench")
 RAN: set[tuple[str, ...]] = set()
 #: Whatever else begins a line of a shell block.
 OTHERS = (
-    *("python3", "python", "python3.13", "pip", "git", "curl", "openssl", "sha256sum"),
+    *("python3", "python", "python3.13", "pip", "git", "curl", "openssl", "chmod", "sha256sum"),
     *("model_signing", "mkdocs", "serve", "ruff", "mypy"),
 )
 
