@@ -54,10 +54,11 @@ def test_weights_are_divided_by_their_sum_and_zeros_dropped() -> None:
     ("label", "message"),
     [
         ({}, r"labels\[1\] is {}; expected a class id, or weights by class id"),
-        ({"3": 1}, r"labels\[1\] is {'3': 1}; expected a class id"),
+        ({"three": 1}, r"labels\[1\] is 'three', no class of this model"),
+        ({"3": 1, 3: 1}, r"labels\[1\] is {'3': 1, 3: 1}, in which a class has two names"),
         ({True: 1}, r"labels\[1\] is {True: 1}"),
         ({3.0: 1}, r"labels\[1\] is {3.0: 1}"),
-        ("3", r"labels\[1\] is '3'"),
+        ("three", r"labels\[1\] is 'three', no class of this model"),
         (None, r"labels\[1\] is None"),
         (True, r"labels\[1\] is True"),
         ([3], r"labels\[1\] is \[3\]"),
