@@ -59,6 +59,9 @@ def train(
               arinar train model --config digits --vae my-vae.safetensors -o my-digits.safetensors
               arinar train model --config my-config.json --data photos/ --vae kl16.ckpt -o mine.safetensors
     """
+    from arinar.files import check_writable
+
+    check_writable(out, make_folder=True)
     say(f"starting PyTorch, reading {printable(data, 200)}")
     from arinar import train as training
     from arinar.config import PRESETS, VAE_PRESETS, ArinarConfig, VaeConfig

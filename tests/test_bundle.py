@@ -107,7 +107,8 @@ def test_unknown_precision_backend_and_inner_mode(copy: Path) -> None:
     with pytest.raises(BundleError, match="holds no 'int4' graphs; it has fp32.*: choose one of those"):
         Pipeline.load(copy, precision="int4")
     with pytest.raises(
-        BundleError, match="backend is 'cuda9'; choose one of onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx"
+        BundleError,
+        match="backend is 'cuda9'; choose one of onnxruntime-cpu, onnxruntime-cuda, tensorrt, openvino, tensorrt-rtx",
     ):
         Pipeline.load(copy, backend="cuda9")
     with pytest.raises(ValueError, match="inner is 'both'; choose one of fused, stepwise"):

@@ -210,7 +210,7 @@ def test_the_backend_is_chosen_for_the_device_that_is_asked_for(
     monkeypatch.setattr(runtime, "cudaGetDeviceProperties", lambda device: asked.append(device) or properties(device))
     monkeypatch.setattr("arinar.runtime.backends.cuda.load_runtime", lambda: runtime)
     assert backends_module.choose_backend(Bundle.open(folder), "fp32", device=1) != "onnxruntime-cpu"
-    assert asked == [1]
+    assert set(asked) == {1}
     with pytest.raises(BundleError, match=r"device=2 asks for a GPU, and none .*device is 2; this machine has GPUs 0\.\.1"):
         Pipeline.load(folder, device=2, verify=False)
 

@@ -97,7 +97,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         resolve([3, 1], **arguments)
 
 
-@pytest.mark.parametrize("labels", [[[1], [2, 3]], "3", ["3"], 3, 10**400, [10**400], [3.0], [True], None, [1 + 1j], {1: 2}])
+@pytest.mark.parametrize("labels", [[[1], [2, 3]], "3", 3, 10**400, [10**400], [3.0], [True], None, [1 + 1j], {1: 2}])
 def test_bad_labels(labels: Any) -> None:
     with pytest.raises(ValueError, match="labels is"):
         resolve(labels)

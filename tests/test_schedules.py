@@ -201,5 +201,5 @@ def test_the_command_takes_both_and_files_say_so(digits_bundle: Path, tmp_path: 
     assert wrong.exit_code == 2 and "LOW:HIGH" in wrong.output
     done = CliRunner().invoke(main, [*command, "--schedule", STAGED, "--guidance-interval", "0.2:1"])
     assert done.exit_code == 0, done.output
-    said = Image.open(tmp_path / "000000.png").info["arinar"]
+    said = Image.open(tmp_path / "000000-3.png").info["arinar"]
     assert STAGED in said and '"guidance_interval": [0.2, 1.0]' in said and '"num_iter": 7' in said

@@ -176,7 +176,7 @@ def test_the_same_bytes_under_load(digits_bundle: Path, pipeline: Pipeline) -> N
         ({}, "prompt", "prompt is missing; give a class id or name"),
         ({"prompt": ""}, "prompt", "prompt is missing"),
         ({"prompt": "10"}, "prompt", "prompt is 10; this model has classes 0..9"),
-        ({"prompt": -1}, "prompt", "prompt is -1, no class of this model"),
+        ({"prompt": -2}, "prompt", "prompt is -2, no class of this model"),
         ({"prompt": "dog"}, "prompt", "prompt is 'dog', no class of this model"),
         ({"prompt": "x" * 1001}, "prompt", "at most 1000 characters"),
         ({"prompt": ["3"]}, "prompt", "prompt is ['3']; it should be a valid string"),
@@ -234,7 +234,7 @@ def test_a_wrong_value_is_named(served: Served, body: dict[str, Any], param: str
         ("guidance_scal", "did you mean 'guidance_scale'?"),
         ("cfg_scale", "did you mean 'guidance_scale'?"),
         ("num_inference_steps", "did you mean 'num_iter'?"),
-        ("quality", "there are cfg_schedule, guidance_scale"),
+        ("quality", "there are cfg_schedule, guidance_interval"),
         ("\x1b[31m" + "x" * 500, "unknown parameter"),
     ],
 )
