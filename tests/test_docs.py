@@ -30,7 +30,7 @@ NAMES = ("tench", "goldfish", "golden retriever", "otter", "4", "5", "6", "7", "
 #: Commands that take minutes, wait for ever, or need what is not here: their arguments are only parsed.
 LONG = ("demo", "train", "serve", "build", "completion", "sample", "evaluate", "sweep")
 #: Pages whose commands build on what such commands make.
-PARSED = ("train.md", "gpu.md", "mar.md", "demo-models.md", "security.md", "contributing.md", "models.md")
+PARSED = ("train.md", "precision.md", "gpu.md", "mar.md", "demo-models.md", "security.md", "contributing.md", "models.md")
 #: Python that talks to a running server (tests/test_serve.py does).
 ELSEWHERE = ("serving.md",)
 #: Commands that change nothing: the same words on several pages are run once.

@@ -39,13 +39,13 @@ def test_shapes_and_timings(pipeline: Pipeline) -> None:
 
 
 def test_same_seed_same_images_for_batch_1_3_and_64(pipeline: Pipeline) -> None:
-    labels = [i % 10 for i in range(300)]
+    labels = [i % 10 for i in range(130)]
     whole = pixels(pipeline.generate(labels, seed=3, batch_size=64))
     thirds = pixels(pipeline.generate(labels, seed=3, batch_size=3))
     worst = np.abs(whole - thirds).max((1, 2, 3))
     assert (worst <= 1).mean() >= 0.99
-    singles = pixels(pipeline.generate(labels[:60], seed=3, batch_size=1))
-    assert (np.abs(whole[:60] - singles).max((1, 2, 3)) <= 1).mean() >= 0.98
+    singles = pixels(pipeline.generate(labels[:50], seed=3, batch_size=1))
+    assert (np.abs(whole[:50] - singles).max((1, 2, 3)) <= 1).mean() >= 0.98
 
 
 def test_fixed_micro_batch_is_identical_to_the_last_bit(pipeline: Pipeline) -> None:
