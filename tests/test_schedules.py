@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torch")
 
+import torch
 from click.testing import CliRunner
 
 from arinar.checkpoint import load_arinar
@@ -191,6 +192,31 @@ def test_steps_outside_the_interval_launch_one_branch(digits_bundle: Path, monke
     assert [branches for graph, branches in launched if graph == "outer_step"][-len(plan) + 1 :] == [1 + g for g in guided[1:]]
     drawn = [graph for graph, _ in launched if graph.startswith("inner_token")]
     assert drawn == ["inner_token_guided" if g else "inner_token" for g in guided]
+
+
+def test_of_so_many_guided_steps_the_first_computes_both_branches_for_all() -> None:
+    plan = steps(16, 12, guidance_interval=(0.1, 0.9), guidance_refresh=3)
+    assert [(step.masked, step.remaining, step.guided) for step in plan] == [
+        (step.masked, step.remaining, step.guided) for step in steps(16, 12, guidance_interval=(0.1, 0.9))
+    ]
+    guided = [step for step in plan if step.guided]
+    assert [step.reuses for step in guided] == [place % 3 != 0 for place in range(len(guided))]
+    for place, step in enumerate(guided):
+        last = guided[min(place + 2, len(guided) - 1)]
+        assert step.ahead == (0 if step.reuses else step.remaining - last.remaining)
+    assert not any(step.ahead or step.reuses for step in plan if not step.guided)
+    assert steps(16, 12, guidance_refresh=1) == steps(16, 12)
+
+
+def test_the_reference_adds_what_guidance_changed_at_the_step_before() -> None:
+    model, noise = load_arinar("digits"), Noise.from_seed(4, [0], DIGITS)
+    records: list[Any] = []
+    sample(model, [3], guidance_scale=4.0, noise=noise, guidance_refresh=2, record=records.append)
+    nothing, unknown = torch.zeros(1, 16, 16), torch.ones(1, 16)
+    cond, uncond = (model.condition(nothing, unknown, torch.tensor([label])) for label in (3, -1))
+    change = (uncond - cond)[0, records[1].positions[0]]
+    torch.testing.assert_close(records[1].z_uncond - records[1].z_cond, change)
+    assert (records[2].z_uncond - records[2].z_cond).shape == (records[2].step.count, model.config.z_width)
 
 
 def test_the_command_takes_both_and_files_say_so(digits_bundle: Path, tmp_path: Path) -> None:

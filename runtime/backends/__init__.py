@@ -71,11 +71,9 @@ def obstacle(bundle: Bundle, precision: str, name: str, device: int = 0) -> str 
         if name == "onnxruntime-cpu":
             return None if onnxruntime_distribution() else f"ONNX Runtime is not installed; {install_hint('cpu')} installs it"
         if name == "openvino":
-            return (
-                None
-                if importlib.util.find_spec("openvino")
-                else f"OpenVINO is not installed; {install_hint('openvino')} installs it"
-            )
+            from .openvino import MISSING
+
+            return None if importlib.util.find_spec("openvino") else MISSING
         from .cuda import device_info, load_runtime
 
         capability = device_info(load_runtime(), device).compute_capability

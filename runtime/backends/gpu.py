@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from arinar.schemes import TRACED
+
 from ..bundle import Bundle, BundleError, GraphInfo
 from ..kernels.compiler import KernelError
 from ..kernels.draw import DrawKernel, draw_kernel
@@ -243,7 +245,7 @@ class CudaBackend:
 
     def native_token(self) -> TokenKernels | None:
         manifest, folder = self._bundle.manifest, kernel_folder(self._bundle)
-        plain = manifest.scheme(self._precision) in ("fp32", "fp16")
+        plain = manifest.scheme(self._precision) in TRACED
         if not (self.native_rows and plain and self.cuda.driver is not None and fits(manifest.config)):
             return None
         try:

@@ -22,6 +22,7 @@ from .onnxruntime_cpu import OnnxRuntimeCpu
 #: Largest relative error of a product in bfloat16 that is taken for rounding: eight bits a factor, 1,024 terms; 0.004 is
 #: usual. Reported of some processors is garbage (github.com/openvinotoolkit/openvino/issues/38256).
 PRODUCT_ERROR = 0.02
+MISSING = f"OpenVINO is not installed; {install_hint('openvino')} installs it"
 
 
 class OpenVino(OnnxRuntimeCpu):
@@ -84,7 +85,7 @@ def load_openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise BundleError(f"OpenVINO is not installed; {install_hint('openvino')} installs it") from error
+        raise BundleError(MISSING) from error
 
 
 @lru_cache(maxsize=1)
