@@ -48,7 +48,7 @@ def open_measure(features: str | Features, stats: Path | None, config: ArinarCon
     Raises ValueError where anything is missing or does not fit: known before the first image is generated.
     """
     extract = feature_extractor(features, config)
-    name = features if isinstance(features, str) else getattr(features, "__name__", "custom")
+    name = extractor_name(features)
     try:
         found, _ = features_and_logits(extract(np.zeros((2, config.img_size, config.img_size, 3), np.uint8)))
     except Exception as error:  # somebody else's code
@@ -57,6 +57,11 @@ def open_measure(features: str | Features, stats: Path | None, config: ArinarCon
     return Measure(
         name, lambda images: features_and_logits(extract(images))[0], None if stats is None else read_stats(stats, width)
     )
+
+
+def extractor_name(features: str | Features) -> str:
+    """What an extractor is called in reports and errors."""
+    return features if isinstance(features, str) else getattr(features, "__name__", "custom")
 
 
 def is_digits(config: ArinarConfig | None) -> bool:

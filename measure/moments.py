@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from arinar.config import ArinarConfig
 
-from .features import Features, check_features, feature_extractor, features_and_logits, right_answers
+from .features import Features, check_features, extractor_name, feature_extractor, features_and_logits, right_answers
 from .image_sets import ImageSet, Piece
 
 Array = npt.NDArray[Any]
@@ -114,7 +114,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return self.features if isinstance(self.features, str) else getattr(self.features, "__name__", "custom")
+        return extractor_name(self.features)
 
     def open(self) -> Callable[[Array], tuple[Array, Array | None]]:
         """A function of images (n, H, W, 3) uint8 -> features (n, F) float64, logits (n, C) or None."""

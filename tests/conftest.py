@@ -49,7 +49,7 @@ def first_of_all(torch_onnx_export: object, request: pytest.FixtureRequest) -> N
     if names & {"demo_bundle", "digits_bundle", "causal_bundle"}:
         demo_bundle = request.getfixturevalue("demo_bundle")
         makers += [lambda: demo_bundle("digits"), lambda: demo_bundle("digits-causal")]
-    if any(hasattr(getattr(item, "module", None), "tiny_bundle") for item in items):
+    if any({"tiny_bundle", "tiny_with_engines"} & set(dir(getattr(item, "module", None))) for item in items):
         from tiny_bundles import TINY, TINY_CAUSAL, tiny_bundle
 
         folder = request.getfixturevalue("shared_folder")

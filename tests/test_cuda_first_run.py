@@ -17,8 +17,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from fake_gpu import FakeContext, FakeCudaRuntime, FakeEngine, fake_onnxruntime, fake_tensorrt, make_engines
-from tiny_bundles import TINY, tiny_bundle
+from fake_gpu import FakeContext, FakeCudaRuntime, FakeEngine, fake_onnxruntime, fake_tensorrt
+from tiny_bundles import TINY, tiny_with_engines
 
 import arinar.runtime.backends as backends_module
 from arinar.export.engine import axis_ranges
@@ -44,11 +44,7 @@ def ort(runtime: FakeCudaRuntime, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(scope="module")
 def folder(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, torch_onnx_export: object) -> Path:
     """A tiny bundle, with engines beside it."""
-    import shutil
-
-    copy = Path(shutil.copytree(tiny_bundle(shared_folder, TINY), tmp_path_factory.mktemp("first") / "tiny"))
-    make_engines(Bundle.open(copy))
-    return copy
+    return tiny_with_engines(shared_folder, tmp_path_factory.mktemp("first") / "tiny")
 
 
 @pytest.fixture

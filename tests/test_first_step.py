@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from fake_gpu import FakeCudaRuntime, fake_onnxruntime, fake_tensorrt, make_engines
-from tiny_bundles import TINY, tiny_bundle
+from fake_gpu import FakeCudaRuntime, fake_onnxruntime, fake_tensorrt
+from tiny_bundles import TINY, tiny_with_engines
 
 import arinar.runtime.outer as outer_module
 from arinar.export.folder import write_manifest
@@ -29,9 +29,7 @@ BACKENDS = ["onnxruntime-cuda", "tensorrt"]
 
 @pytest.fixture(scope="module")
 def folder(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, torch_onnx_export: object) -> Path:
-    copy = Path(shutil.copytree(tiny_bundle(shared_folder, TINY), tmp_path_factory.mktemp("first") / "tiny"))
-    make_engines(Bundle.open(copy))
-    return copy
+    return tiny_with_engines(shared_folder, tmp_path_factory.mktemp("first") / "tiny")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from once import once
 from arinar.config import ArinarConfig, VaeConfig
 from arinar.export.bundle import export_bundle
 from arinar.model import Arinar, initialize
+from arinar.runtime import Bundle
 from arinar.vae import AutoencoderKL
 
 TINY = ArinarConfig(
@@ -62,3 +64,12 @@ def tiny_bundle(folder: Path, config: ArinarConfig) -> Path:
 
     once(done, make)
     return out
+
+
+def tiny_with_engines(folder: Path, copy: Path) -> Path:
+    """A copy of the masked one, with the fake GPU's engines beside its graphs."""
+    from fake_gpu import make_engines  # which needs ONNX Runtime
+
+    made = Path(shutil.copytree(tiny_bundle(folder, TINY), copy))
+    make_engines(Bundle.open(made))
+    return made
