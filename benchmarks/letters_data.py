@@ -1,18 +1,18 @@
-"""The letters' data: glyphs A to Z of freely licensed fonts, 64 x 64 pixels, ink and paper of any colour that can be read.
+"""The letters' data: glyphs A to Z of freely licensed fonts, 64 x 64 pixels, ink and paper of many tones.
 
     python -m benchmarks.letters_data letters/                     # needs apt-get and dpkg-deb (Debian, Ubuntu); not root
 
 Fonts come from Debian's packages (`PACKAGES`; each one's licence lies beside its fonts, in usr/share/doc/PACKAGE/copyright),
 which are unpacked under ``letters/.fonts/`` and never installed. ``letters/train/`` and ``letters/val/`` then hold a folder of
 PNG files for each letter: every tenth package's fonts are held out, so that a letter is judged on shapes that no model saw.
-``letters/fonts.tsv`` lists what was drawn: package, version, file, family, style, split.
+``letters/fonts.tsv`` lists what was drawn: package, version, licences, file, family, style, split.
 """
 
 from __future__ import annotations
 
 import argparse
-import colorsys
 import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,19 +41,18 @@ SIDE = 64
 #: Fonts of one package, at most: a family of forty weights is one design. Every HELD_OUT-th package is held out.
 FACES = 8
 HELD_OUT = 10
-#: Pictures of a letter in one font, each in colours of its own.
-COLOURS = 3
+#: Pictures of a letter in one font, each in tones and a size of its own.
+COPIES = 3
 #: Height of a capital, in pixels; drawn OVERSIZE times as large and made smaller, for smooth edges.
 CAPITAL = (36.0, 44.0)
 OVERSIZE = 4
-#: Least difference of luminance between ink and paper, 0 to 1.
-CONTRAST = 0.45
+#: The ends of the tones, RGB in 0..1: an ink between blue and black, a warm paper. All colours lie on the line between them:
+#: with hues of their own, an autoencoder of a million weights kept the shapes and lost the hues.
+DARK, LIGHT = np.array((0.06, 0.11, 0.24)), np.array((0.99, 0.96, 0.89))
 
 
 @dataclass(frozen=True)
 class Face:
-    package: str
-    version: str
     path: Path
     family: str
     style: str
@@ -86,14 +85,20 @@ def fetch(folder: Path) -> Iterator[tuple[str, str, Path]]:
     print(file=sys.stderr)
 
 
-def faces(package: str, version: str, folder: Path) -> list[Face]:
+def licences(copyright_file: Path) -> str:
+    """The short names of the licences that a package's copyright file states; "in words" where it has no fields."""
+    text = copyright_file.read_text(encoding="utf-8", errors="replace")
+    return ", ".join(sorted(set(re.findall(r"(?m)^License: *(\S.*?) *$", text)))) or "in words"
+
+
+def faces(package: str, folder: Path) -> list[Face]:
     """The fonts of a package that have all capitals, each drawing once: at most FACES, evenly chosen."""
     found: dict[str, Face] = {}
     paths = sorted(path for ending in ("ttf", "otf") for path in folder.rglob(f"*.{ending}") if not path.is_symlink())
     for path in paths:
         try:
             family, style = ImageFont.truetype(str(path), 16).getname()
-            face = Face(package, version, path, family or "", style or "")
+            face = Face(path, family or "", style or "")
             drawings = [face.glyph(letter, 32) for letter in LETTERS]
             missing = face.glyph("\U000e0101", 32)
         except OSError:
@@ -109,18 +114,11 @@ def faces(package: str, version: str, folder: Path) -> list[Face]:
     return [all_faces[index] for index in chosen] if all_faces else []
 
 
-def luminance(colour: Any) -> float:
-    """Relative luminance of RGB in 0..1, gamma ignored."""
-    return float(np.dot(colour, (0.2126, 0.7152, 0.0722)))
-
-
-def colours(rng: np.random.Generator) -> tuple[Any, Any]:
-    """Ink and paper, (3,) RGB in 0..1 each: any hue, muted, two of three dark on light."""
-    while True:
-        light = np.array(colorsys.hls_to_rgb(rng.random(), rng.uniform(0.75, 0.97), rng.uniform(0.1, 0.8)))
-        dark = np.array(colorsys.hls_to_rgb(rng.random(), rng.uniform(0.05, 0.40), rng.uniform(0.1, 0.8)))
-        if luminance(light) - luminance(dark) >= CONTRAST:
-            return (dark, light) if rng.random() < 2 / 3 else (light, dark)
+def tones(rng: np.random.Generator) -> tuple[Any, Any]:
+    """Ink and paper, (3,) RGB in 0..1 each: two tones of one scale, two of three dark on light."""
+    dark, light = rng.uniform(0.0, 0.35), rng.uniform(0.7, 1.0)
+    dark, light = DARK + (LIGHT - DARK) * dark, DARK + (LIGHT - DARK) * light
+    return (dark, light) if rng.random() < 2 / 3 else (light, dark)
 
 
 def draw(face: Face, letter: str, rng: np.random.Generator) -> Image.Image:
@@ -128,35 +126,36 @@ def draw(face: Face, letter: str, rng: np.random.Generator) -> Image.Image:
     size = rng.uniform(*CAPITAL) * 100 / (capital[3] - capital[1])
     while (coverage := face.glyph(letter, size)) is None:  # an M that is wider than high
         size *= 0.9
-    ink, paper = colours(rng)
+    ink, paper = tones(rng)
     pixels = paper + (ink - paper) * coverage[:, :, None]
     return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
 
 
 def render(out: Path, seed: int = 0) -> None:
-    """Fetch the fonts, draw every letter of each COLOURS times, and list the fonts."""
+    """Fetch the fonts, draw every letter of each COPIES times, and list the fonts."""
     for split in ("train", "val"):
         for letter in LETTERS:
             (out / split / letter).mkdir(parents=True, exist_ok=True)
-    rows = ["package\tversion\tfile\tfamily\tstyle\tsplit"]
+    rows = ["package\tversion\tlicences\tfile\tfamily\tstyle\tsplit"]
     for number, (package, version, folder) in enumerate(fetch(out / ".fonts")):
         split = "val" if number % HELD_OUT == HELD_OUT - 1 else "train"
-        for face in faces(package, version, folder):
-            rows.append("\t".join((package, version, face.path.name, face.family, face.style, split)))
+        terms = licences(folder / "usr/share/doc" / package / "copyright")
+        for face in faces(package, folder):
+            rows.append("\t".join((package, version, terms, face.path.name, face.family, face.style, split)))
             for index, letter in enumerate(LETTERS):
-                for copy in range(COLOURS):
+                for copy in range(COPIES):
                     name = f"{package}-{face.path.stem}-{copy}.png".replace(" ", "_")
                     rng = np.random.default_rng([seed, index, copy, *hashlib.sha256(name.encode()).digest()[:8]])
                     draw(face, letter, rng).save(out / split / letter / name)
     (out / "fonts.tsv").write_text("\n".join(rows) + "\n")
     held_out = sum(row.endswith("\tval") for row in rows)
-    print(f"{out}: {len(rows) - 1} fonts ({held_out} held out), {(len(rows) - 1) * len(LETTERS) * COLOURS} pictures")
+    print(f"{out}: {len(rows) - 1} fonts ({held_out} held out), {(len(rows) - 1) * len(LETTERS) * COPIES} pictures")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the colours and sizes")
+    parser.add_argument("--seed", type=int, default=0, help="of the tones and sizes")
     arguments = parser.parse_args()
     render(arguments.out, arguments.seed)
 
