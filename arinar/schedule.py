@@ -50,6 +50,11 @@ class Step:
         """Positions that this step generates, per image."""
         return self.masked - self.remaining
 
+    @property
+    def first(self) -> int:
+        """Of the positions at which z is computed, ``order[first:masked]``, the first."""
+        return self.remaining - self.ahead
+
 
 def mask_counts(seq_len: int, num_iter: int) -> list[int]:
     """Unknown positions at the start of each step: ``num_iter`` integers, falling from ``seq_len``."""

@@ -1,18 +1,16 @@
 """The letters, from the fonts to a judged model: `letters` and its autoencoder as they are shipped.
 
-    python -m benchmarks.letters letters/            # two hours on two cores; goes on where it was interrupted
+    python -m benchmarks.letters letters/            # some hours on two cores; goes on where it was interrupted
 
-Each part is left out where its result lies in the folder already: the pictures (`benchmarks.letters_data`), letters-vae.safetensors,
-judge.pt (`benchmarks.letters_judge`), letters.safetensors; then samples are judged and the weights written as float16.
+What lies in the folder already is not made again: the pictures (`benchmarks.letters_data`), letters-vae.safetensors, judge.pt
+(`benchmarks.letters_judge`), letters.safetensors. Then samples are judged, and both are written to letters/float16/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,21 +22,10 @@ from benchmarks import letters_data, letters_judge
 
 #: What both trainings see of it: a font's glyphs leaning and placed a little otherwise.
 AUGMENT = Augment(rotation=3, shear=4, scale=0.06, shift=1.5)
-VAE = {"steps": 2000, "batch_size": 16, "learning_rate": 2e-3, "kl_weight": 0.02, "eval_every": 500, "save_every": 100}
-MODEL = {
-    "steps": 4500,
-    "batch_size": 32,
-    "learning_rate": 1.5e-3,
-    "warmup": 200,
-    "dropout": 0.05,
-    "augmented_copies": 1,
-    "eval_every": 500,
-    "save_every": 100,
-}
 #: Of the held-out pictures, every so many choose the weights: all of them would cost more than the training.
 EVAL_STRIDE = 9
-#: Samples of the judgement, as many of each letter, at the model's default settings.
-JUDGED = 1040
+#: Samples that are judged, as many of each letter, at the model's default settings; and how many at a time.
+JUDGED, JUDGE_BATCH = 1040, 104
 
 
 def data(folder: Path) -> Dataset:
@@ -50,46 +37,84 @@ def data(folder: Path) -> Dataset:
     return replace(whole, held_out=some, name="letters of Debian's fonts")
 
 
-def train(folder: Path) -> bool:
-    """Autoencoder, judge and model; whether all are there (False: interrupted, the same call goes on)."""
-    pictures = data(folder)
-    vae, model, judge = folder / "letters-vae.safetensors", folder / "letters.safetensors", folder / "judge.pt"
-    if not vae.exists() and not train_vae(vae, config="letters", data=pictures, img_size=64, augment=AUGMENT, **VAE).finished:
-        return False
-    if not judge.exists():
-        torch.save(letters_judge.train(pictures).state_dict(), judge)
+def autoencoder(pictures: Dataset, out: Path) -> bool:
+    """Whether it is there (False: interrupted)."""
     return (
-        model.exists() or train_arinar(model, config="letters", data=pictures, vae=vae, augment=AUGMENT, **MODEL).finished
+        out.exists()
+        or train_vae(
+            out,
+            config="letters",
+            data=pictures,
+            img_size=letters_data.SIDE,
+            steps=2000,
+            batch_size=16,
+            learning_rate=2e-3,
+            kl_weight=0.02,
+            augment=AUGMENT,
+            eval_every=500,
+            save_every=100,
+        ).finished
     )
 
 
-def judged(folder: Path, count: int = JUDGED, seed: int = 0) -> dict[str, Any]:
-    """What an independent reader makes of samples, and of held-out fonts: shares in 0..1."""
+def model(pictures: Dataset, vae: Path, out: Path) -> bool:
+    """Whether it is there (False: interrupted)."""
+    return (
+        out.exists()
+        or train_arinar(
+            out,
+            config="letters",
+            data=pictures,
+            vae=vae,
+            steps=4500,
+            batch_size=32,
+            learning_rate=1.5e-3,
+            warmup=200,
+            dropout=0.05,
+            augment=AUGMENT,
+            augmented_copies=1,
+            eval_every=500,
+            save_every=100,
+        ).finished
+    )
+
+
+def judged(folder: Path, seed: int = 0) -> dict[str, str]:
+    """How many letters an independent reader reads as what they are, of samples and of held-out fonts: shares in 0..1."""
     reader = letters_judge.load(folder / "judge.pt")
-    model, vae = load_arinar(folder / "letters.safetensors"), load_vae(folder / "letters-vae.safetensors")
-    labels = torch.arange(count) % letters_judge.CLASSES
-    images = sample_images(model, vae, labels, seed=seed)
-    read = letters_judge.read(reader, images)[1]
-    held_out = load_dataset(folder, img_size=letters_data.SIDE).held_out
-    real = letters_judge.read(reader, held_out.images.permute(0, 2, 3, 1).numpy())[1]
-    return {
-        "agreement": f"{np.mean(read == labels.numpy()):.4f}",
-        "agreement_held_out_fonts": f"{np.mean(real == held_out.labels.numpy()):.4f}",
-        "judged_samples": str(count),
+    drawn, vae = load_arinar(folder / "letters.safetensors"), load_vae(folder / "letters-vae.safetensors")
+    labels = torch.arange(JUDGED) % letters_judge.CLASSES
+    parts = enumerate(torch.split(labels, JUDGE_BATCH))
+    images = torch.cat([sample_images(drawn, vae, part, seed=seed + index) for index, part in parts])
+    real = load_dataset(folder, img_size=letters_data.SIDE).held_out
+    right = {
+        "agreement": letters_judge.read(reader, images)[1] == labels.numpy(),
+        "agreement_held_out_fonts": letters_judge.read(reader, real.images.permute(0, 2, 3, 1))[1] == real.labels.numpy(),
     }
+    return {name: f"{np.mean(found):.4f}" for name, found in right.items()} | {"judged_samples": str(JUDGED)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything is kept")
-    parser.add_argument("--threads", type=int, default=None, help="of torch (default: all cores)")
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if not train(arguments.folder):
+    folder, pictures = arguments.folder, data(arguments.folder)
+    vae, weights, judge = (folder / name for name in ("letters-vae.safetensors", "letters.safetensors", "judge.pt"))
+    if not autoencoder(pictures, vae):
         raise SystemExit("interrupted: the same command goes on from here")
-    found = judged(arguments.folder)
-    print(json.dumps(found, indent=1))
+    if not judge.exists():
+        torch.save(letters_judge.train(pictures).state_dict(), judge)
+    if not model(pictures, vae, weights):
+        raise SystemExit("interrupted: the same command goes on from here")
+    found = judged(folder)
+    print(found)
+    half = folder / "float16"
+    half.mkdir(exist_ok=True)
+    save_vae(half / vae.name, load_vae(vae).half())
+    save_arinar(half / weights.name, load_arinar(weights).half(), metadata=found)
 
 
 if __name__ == "__main__":

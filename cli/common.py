@@ -189,6 +189,13 @@ PLAN = Options(
         metavar="LOW:HIGH",
         help="Shares of known tokens between which steps are guided; others cost half. [default: 0:1]",
     ),
+    click.option(
+        "--guidance-refresh",
+        type=int,
+        metavar="STEPS",
+        help="Of so many guided steps, the first computes the unconditional branch; the others reuse what guidance changed "
+        "there, and cost half. [default: 1]",
+    ),
 )
 
 

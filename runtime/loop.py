@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,7 +117,7 @@ class Loop:
         with self.state(batch) as state:
             self.fill(state, batch, {})
             for step in batch.plan:
-                z = self.backend.download(self.outer.step(_of(state, step), step)).copy()
+                z = self.backend.download(self.outer.step(state.of(step), step)).copy()
                 yield step, z.reshape(-1, state.batch, self.config.z_width)
                 now = slice(step.remaining, step.masked)
                 self.backend.write(state.tokens[now], np.ascontiguousarray(ordered[now]))
@@ -176,13 +177,13 @@ class Loop:
         if not batch.plan:
             return
         self.head.fill(state, batch)
-        if state.guided and not all(step.guided for step in batch.plan):
+        if state.guided and any(step.reuses or not step.guided for step in batch.plan):
             self._fill_alone(state, others, weights, mixed)
         with self._timed(seconds, "outer"):
-            self.outer.fill(_of(state, batch.plan[0]), batch)
+            self.outer.fill(state, batch)
 
     def _fill_alone(self, state: State, others: Array, weights: Array, mixed: bool) -> None:
-        """The same for steps without an unconditional branch."""
+        """The same for launches without an unconditional branch."""
         if state.alone is None:
             state.alone = without_guidance(self.backend, state)
         if mixed or state.alone.mixed:
@@ -191,7 +192,7 @@ class Loop:
         state.alone.mixed = mixed
 
     def _step(self, state: State, step: Step, seconds: Seconds) -> None:
-        used = _of(state, step)
+        used = state.of(step)
 
         def launches() -> None:
             with self._timed(seconds, "outer"):
@@ -201,7 +202,7 @@ class Loop:
 
         # Where the head draws otherwise from step to step, plans with and without known tokens may have one at another place.
         index = step.index if isinstance(state.drawing, tuple) else min(step.index, 1)
-        self.backend.execute(state.owner, (index, step.masked, step.remaining, used.branches), launches)
+        self.backend.execute(state.owner, (replace(step, index=index), used.branches), launches)
 
     @contextmanager
     def state(self, batch: Batch) -> Iterator[State]:
@@ -248,11 +249,6 @@ class Loop:
         yield
         if self.backend.synchronous:
             _add(seconds, phase, start)
-
-
-def _of(state: State, step: Step) -> State:
-    """The state that a step is taken on."""
-    return state.alone if state.guided and not step.guided and state.alone is not None else state
 
 
 def _add(seconds: Seconds, phase: str, start: float) -> None:

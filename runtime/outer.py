@@ -42,6 +42,15 @@ class Outer(Protocol):
         """z (G, P, B, C) of the tokens that this step generates, conditional rows first."""
 
 
+@dataclass
+class Change:
+    """What guidance changes in z, kept from step to step: (L, B, C) in generation order; and ``z`` (G * L * B, C) of launches
+    that look ahead."""
+
+    z: Any
+    change: Any
+
+
 class MaskedOuter:
     """Every step recomputes z from all visible tokens.
 
@@ -76,34 +85,75 @@ class MaskedOuter:
 
     def fill(self, state: State, batch: Batch) -> None:
         check_mixed(batch, self.mixes)
+        if state.outer is None and state.guided and any(step.reuses for step in batch.plan):
+            length, images, width = self.config.seq_len, state.batch, self.config.z_width
+            state.outer = Change(
+                z=self.backend.empty((state.branches * length * images, width), "float32"),
+                change=self.backend.empty((length, images, width), "float32"),
+            )
         if self._kept(step := batch.plan[0]):
-            targets = batch.noise.order.T[step.remaining :]  # (P, B)
-            keys = keys_of(batch, state.branches)
+            targets = batch.noise.order.T[step.first :]  # (P, B)
+            used = state.of(step)
+            keys = keys_of(batch, used.branches)
             known = self._first_z(list(dict.fromkeys(key for row in keys for key in row)))
             z = np.stack([np.stack([known[key][targets[:, image]] for image, key in enumerate(row)], 1) for row in keys])
-            self.backend.write(self._z(state, step), z)
+            self.backend.write(self._z(used, step), z)
 
     def step(self, state: State, step: Step) -> Any:
+        if state.guided and step.reuses:
+            return self._changed(state, step)
         z = self._z(state, step)
         if not self._kept(step):
-            inputs = {
-                "visible_tokens": state.tokens[step.masked :],
-                "visible_positions": state.order[step.masked :],
-                "target_positions": state.order[step.remaining : step.masked],
-                "hidden_positions": state.order[: step.remaining],
-                "labels": state.labels,
-            }
-            if self.mixes:
-                inputs |= {"mixed_labels": state.mixed_labels, "mixed_weights": state.mixed_weights}
-            self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, self.BRANCHES))
+            self._launch(state, step, z)
+        return self._kept_change(state, step, z) if state.guided and step.ahead else z
+
+    def _launch(self, state: State, step: Step, z: Any) -> None:
+        """z (G, P, B, C) of the tokens that are generated at this step, and before them those ``ahead``."""
+        inputs = {
+            "visible_tokens": state.tokens[step.masked :],
+            "visible_positions": state.order[step.masked :],
+            "target_positions": state.order[step.first : step.masked],
+            "hidden_positions": state.order[: step.first],
+            "labels": state.labels,
+        }
+        if self.mixes:
+            inputs |= {"mixed_labels": state.mixed_labels, "mixed_weights": state.mixed_weights}
+        self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, self.BRANCHES))
+
+    def _kept_change(self, state: State, step: Step, wide: Any) -> Any:
+        """Of z (2, P, B, C) that looks ahead: the last rows of each branch are this step's; what guidance changes in the
+        others is kept."""
+        z = self._own(state, step)
+        for source, target in zip(_branches(wide), _branches(z), strict=True):
+            self.backend.copy(source[step.ahead :], target)
+        cond, uncond = (branch[: step.ahead] for branch in _branches(wide))
+        self.backend.add(uncond, cond, state.outer.change[step.first : step.remaining], -1.0)
+        return z
+
+    def _changed(self, state: State, step: Step) -> Any:
+        """The conditional branch, and beside it the same with what guidance changed when both were computed last."""
+        z = self._own(state, step)
+        assert state.alone is not None
+        self._launch(state.alone, step, z[:1])
+        cond, uncond = _branches(z)
+        self.backend.add(cond, state.outer.change[step.remaining : step.masked], uncond, 1.0)
         return z
 
     def _kept(self, step: Step) -> bool:
         return self.keep_first_step and step.masked == self.config.seq_len
 
-    def _z(self, state: State, step: Step) -> Any:
+    def _own(self, state: State, step: Step) -> Any:
+        """Where the head reads z (G, P, B, C) of a step's tokens."""
         rows = state.branches * step.count * state.batch
         return state.z[:rows].reshape(state.branches, step.count, state.batch, self.config.z_width)
+
+    def _z(self, state: State, step: Step) -> Any:
+        """Where a launch writes it: (G, ahead + P, B, C)."""
+        if not (state.guided and step.ahead):
+            return self._own(state, step)
+        count = step.ahead + step.count
+        rows = state.branches * count * state.batch
+        return state.outer.z[:rows].reshape(state.branches, count, state.batch, self.config.z_width)
 
     def _first_z(self, keys: list[Key]) -> dict[Key, Array]:
         """z (L, C) of the first step by class, or classes; each is computed as if it were alone."""
@@ -228,6 +278,11 @@ class CausalOuter:
 
 #: By `config.outer`.
 OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOuter, "causal": CausalOuter}
+
+
+def _branches(z: Any) -> tuple[Any, Any]:
+    """z (2, P, B, C) as (P, B, C) of each branch."""
+    return z[:1].reshape(*z.shape[1:]), z[1:].reshape(*z.shape[1:])
 
 
 def keys_of(batch: Batch, branches: int) -> list[list[Key]]:

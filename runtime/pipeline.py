@@ -201,6 +201,7 @@ class Pipeline:
         known: Known | None = None,
         schedule: str | None = None,
         guidance_interval: Sequence[float] | None = None,
+        guidance_refresh: int | None = None,
         callback: Callable[[Progress], object] | None = None,
     ) -> Generation:
         """Generate one image per label.
@@ -237,6 +238,8 @@ class Pipeline:
             model's owner to see.
         guidance_interval : two shares of known tokens: steps outside are not guided, and cost half. Of another law, too.
             None: (0, 1), all are.
+        guidance_refresh : of so many guided steps the first computes the unconditional branch; the others take what guidance
+            changed there, and cost half. An approximation. None: 1, all compute it.
         callback : called after each outer step with a :class:`Progress`; returns True to stop. It has the pipeline to
             itself: another thread's ``preview()`` or call waits until this one is over.
 
@@ -259,6 +262,7 @@ class Pipeline:
             known=known,
             schedule=schedule,
             guidance_interval=guidance_interval,
+            guidance_refresh=guidance_refresh,
         )
         with self._turn(), closing(self._walk(sampling, began, watched=callback is not None)) as walk:
             for progress in walk:

@@ -96,7 +96,8 @@ class Sampling:
     config: the model's, with the request's sampling steps; classes: what each is to be of; guidance_scale, temperature (n,)
     float64; indices (n,): the images' places in the seed's sequence; noise: every random number, where the caller gave it;
     known: tokens that are given; batch_size: images of a micro-batch, size: the same where the caller did not say (short
-    ones are then not filled up); schedule, guidance_interval: which tokens a step generates, and which steps are guided.
+    ones are then not filled up); schedule, guidance_interval, guidance_refresh: which tokens a step generates, which steps are
+    guided, and how many of these share an unconditional branch.
     """
 
     config: ArinarConfig
@@ -113,6 +114,7 @@ class Sampling:
     known: Known | None = None
     schedule: str = COSINE
     guidance_interval: tuple[float, float] = ALWAYS
+    guidance_refresh: int = 1
 
     @classmethod
     def resolve(
@@ -133,6 +135,7 @@ class Sampling:
         known: Known | None = None,
         schedule: str | None = None,
         guidance_interval: Sequence[float] | None = None,
+        guidance_refresh: int | None = None,
     ) -> Sampling:
         """Arguments as for `Pipeline.generate`. Raises ValueError naming the first that is wrong."""
         config = with_sampling_steps(config, sampling_steps)
@@ -175,6 +178,7 @@ class Sampling:
             known=known,
             schedule=schedule,
             guidance_interval=check_interval(ALWAYS if guidance_interval is None else guidance_interval, config),
+            guidance_refresh=check_refresh(1 if guidance_refresh is None else guidance_refresh, config),
         )
 
     def __len__(self) -> int:
@@ -207,6 +211,7 @@ class Sampling:
             **own,
             **({} if self.schedule == COSINE else {"schedule": self.schedule}),
             **({} if self.guidance_interval == ALWAYS else {"guidance_interval": list(self.guidance_interval)}),
+            **({} if self.guidance_refresh == 1 else {"guidance_refresh": self.guidance_refresh}),
         }
 
     def batches(self) -> Iterator[Part]:
@@ -256,7 +261,14 @@ class Sampling:
             self.guidance_scale[chosen],
             self.temperature[chosen],
             self.cfg_schedule,
-            steps(self.config.seq_len, self.num_iter, unknown, stages=stages, guidance_interval=self.guidance_interval),
+            steps(
+                self.config.seq_len,
+                self.num_iter,
+                unknown,
+                stages=stages,
+                guidance_interval=self.guidance_interval,
+                guidance_refresh=self.guidance_refresh,
+            ),
             self.config.sampling_steps,
             known,
         )
@@ -312,6 +324,17 @@ def check_interval(value: Any, config: ArinarConfig) -> tuple[float, float]:
             f"it out"
         )
     return interval
+
+
+def check_refresh(value: Any, config: ArinarConfig) -> int:
+    if not is_whole(value) or not 1 <= value <= config.seq_len:
+        raise ValueError(f"guidance_refresh is {shown(value)}; expected an integer from 1 (none is reused) to {config.seq_len}")
+    if value != 1 and config.outer == "causal":
+        raise ValueError(
+            f"guidance_refresh is {shown(value)}; a causal model's unconditional branch needs every token in its cache: leave "
+            f"it out"
+        )
+    return int(value)
 
 
 def staged(order: npt.NDArray[np.int64], config: ArinarConfig, sets: int) -> npt.NDArray[np.int64]:

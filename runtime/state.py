@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arinar.config import ArinarConfig
+from arinar.schedule import Step
 
 from .backends.base import Backend
 from .labels import MOST_CLASSES
@@ -47,12 +48,16 @@ class State:
     # Of the outer model's kind, and of the head's.
     outer: Any = None
     head: Any = None
-    # The same buffers for steps without an unconditional branch, in a plan that has both kinds.
+    # The same buffers for launches without an unconditional branch, in a plan that has both kinds.
     alone: State | None = None
 
     @property
     def guided(self) -> bool:
         return self.branches == 2
+
+    def of(self, step: Step) -> State:
+        """What a step is taken on."""
+        return self.alone if self.guided and not step.guided and self.alone is not None else self
 
 
 def allocate(

@@ -100,6 +100,7 @@ class Worklist:
                 batch_size=sampling.batch_size,
                 schedule=sampling.schedule,
                 guidance_interval=sampling.guidance_interval,
+                guidance_refresh=sampling.guidance_refresh,
                 callback=step,
             )
             for phase, seconds in made.timings.items():

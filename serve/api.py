@@ -71,6 +71,7 @@ class ImageRequest(BaseModel):
     guidance_interval: tuple[float, float] | None = Field(
         None, description="Shares of known tokens: guided between them alone."
     )
+    guidance_refresh: int | None = Field(None, description="Guided steps that share one unconditional branch; approximate.")
     stream: bool | None = Field(None, description="Server-sent events: each step, then the images.")
     partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = Field(
         None, description="With stream: how often the unfinished images are shown."
@@ -113,6 +114,7 @@ class ImageRequest(BaseModel):
                 indices=self.indices,
                 schedule=self.schedule,
                 guidance_interval=self.guidance_interval,
+                guidance_refresh=self.guidance_refresh,
                 **more,
             )
         except ValueError as error:

@@ -15,7 +15,7 @@ from fake_driver import FakeNvrtc
 from arinar.config import ArinarConfig
 from arinar.runtime.kernels import compiler
 from arinar.runtime.kernels.compiler import KernelError, cubin
-from arinar.runtime.kernels.source import FOLDER, MOST_GAUSSIANS, Source, draw_source, inner_source
+from arinar.runtime.kernels.source import FOLDER, MOST_GAUSSIANS, Source, add_source, draw_source, inner_source
 
 SOURCE = draw_source(4, 1000)
 
@@ -164,6 +164,12 @@ def test_the_inner_model_compiles_and_spills_nothing(architecture: str, tmp_path
 def test_the_inner_model_compiles_in_float32(tmp_path: Path) -> None:
     found = needs(cubin(inner_source(ArinarConfig(), 1000, "float32"), "9.0", tmp_path))
     assert set(found) == set(MOST_INNER) and all(kernel.local == 0 and kernel.registers <= 192 for kernel in found.values())
+
+
+@requires_nvrtc
+def test_the_sum_compiles(tmp_path: Path) -> None:
+    (found,) = needs(cubin(add_source(), "9.0", tmp_path)).items()
+    assert found[0] == "add" and found[1].local == found[1].shared == 0
 
 
 @requires_nvrtc

@@ -17,6 +17,7 @@ from fake_gpu import FakeCudaRuntime, fake_onnxruntime, fake_tensorrt, make_engi
 
 from arinar.runtime import Bundle, Pipeline
 from arinar.runtime.backends.cuda import Cuda, CudaError
+from arinar.runtime.bundle import BundleError
 
 LABELS = [3, 1, 4]
 BACKENDS = ("tensorrt", "onnxruntime-cuda")
@@ -97,6 +98,32 @@ def test_a_draw_is_one_launch(
     between = Counter(names[second + 1 : third])
     # Keys and values into their cache; a position that is another slice of its table, to where it was bound.
     assert between == {"cudaMemcpy2DAsync": 2, "cudaMemcpyAsync": 1}
+
+
+@requires_compiler
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_guidance_changed_is_reused_by_a_kernel(
+    digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up, capture, replay, after a plan of the same steps without it: as on the CPU."""
+    call: dict[str, Any] = {"labels": LABELS, "guidance_scale": 2.5, "num_iter": 5, "guidance_refresh": 2}
+    reference = Pipeline.load(digits, backend="onnxruntime-cpu", threads=1, verify=False, inner="stepwise")
+    pipeline = gpu(digits, runtime, backend, monkeypatch)
+    pipeline.generate(**(call | {"guidance_refresh": 1}))
+    for seed in range(4):
+        want, have = reference.generate(**call, seed=seed), pipeline.generate(**call, seed=seed)
+        assert np.abs(have.tokens - want.tokens).max() < 1e-3
+    assert pipeline.generate(**(call | {"guidance_refresh": 1})).tokens.shape == want.tokens.shape
+    assert {launch.name for launch in runtime.driver_api.launches} == {"mixture_draw", "add"}
+
+
+def test_without_the_kernel_a_reuse_is_refused(
+    digits: Path, runtime: FakeCudaRuntime, nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.driver_api = None  # an older cuda-python
+    pipeline = gpu(digits, runtime, "onnxruntime-cuda", monkeypatch)
+    with pytest.raises(BundleError, match="guidance_refresh above 1 needs a kernel that cannot be had here: cuda-python"):
+        pipeline.generate(LABELS[:1], num_iter=3, guidance_refresh=2)
 
 
 FEATURE = ["qkv", "attend", "project", "expand", "contract", "draw"]

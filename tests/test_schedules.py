@@ -1,4 +1,4 @@
-"""Plans that a user may choose: staged orders, guidance in an interval. What they generate when, that the reference does the
+"""Plans that a user may choose: staged orders, guidance in an interval, its change reused. What they generate when, that the reference does the
 same, that an image depends on nothing beside it, and that the default has not changed."""
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def test_where_a_schedule_or_an_interval_has_no_meaning_it_is_refused() -> None:
         resolve([0], num_iter=12, schedule=STAGED)
     with pytest.raises(ValueError, match="needs every token in its cache"):
         resolve([0], CAUSAL, guidance_interval=(0.5, 1))
+    with pytest.raises(ValueError, match="guidance_refresh is 2; a causal model"):
+        resolve([0], CAUSAL, guidance_refresh=2)
     assert len(resolve([0], known=known, guidance_interval=(0.5, 1)).batch().plan) == 12
 
 
@@ -141,6 +143,9 @@ CHOICES = [
     {"guidance_interval": (0.0, 0.5)},
     {"schedule": STAGED, "guidance_interval": (0.25, 0.8), "guidance_scale": [3.0, 1.5, 2.0]},
     {"guidance_interval": (0.999, 1.0)},
+    {"guidance_refresh": 2},
+    {"guidance_refresh": 16, "guidance_scale": [3.0, 1.5, 2.0]},
+    {"guidance_refresh": 3, "schedule": STAGED, "guidance_interval": (0.2, 0.9)},
 ]
 
 
@@ -158,7 +163,7 @@ def test_the_reference_makes_the_same(pipeline: Pipeline, choice: dict[str, Any]
 @pytest.mark.parametrize("inner", ["fused", "stepwise"])
 def test_an_image_depends_on_nothing_beside_it(digits_bundle: Path, inner: str) -> None:
     pipeline = Pipeline.load(digits_bundle, threads=1, inner=inner)
-    how = CHOICES[3] | {"batch_size": 4}
+    how = CHOICES[3] | {"batch_size": 4, "guidance_refresh": 2}
     together = pipeline.generate(LABELS, seed=2, **how).tokens
     pipeline.generate([{1: 0.5, 7: 0.5}, 3, 3], seed=9, **how)  # buffers are used again
     for row, scale in enumerate(how["guidance_scale"]):
@@ -166,32 +171,73 @@ def test_an_image_depends_on_nothing_beside_it(digits_bundle: Path, inner: str) 
         assert np.array_equal(alone, together[row])
 
 
-def test_images_of_several_classes_are_so_at_steps_without_guidance_too(digits_bundle: Path) -> None:
+@pytest.mark.parametrize("choice", [{"guidance_interval": (0.4, 1.0)}, {"guidance_refresh": 3}], ids=str)
+def test_images_of_several_classes_are_so_at_launches_of_one_branch_too(digits_bundle: Path, choice: dict[str, Any]) -> None:
     pipeline, noise = Pipeline.load(digits_bundle, threads=1), Noise.from_seed(1, range(2), DIGITS)
     labels = [{3: 0.6, 8: 0.4}, 2]
-    made = pipeline.generate(labels, noise=noise, guidance_interval=(0.4, 1.0)).tokens
-    wanted = sample(load_arinar("digits"), labels, guidance_scale=4.0, noise=noise, guidance_interval=(0.4, 1.0))
+    made = pipeline.generate(labels, noise=noise, **choice).tokens
+    wanted = sample(load_arinar("digits"), labels, guidance_scale=4.0, noise=noise, **choice)
     assert np.abs(made - wanted.numpy()).max() < 5e-3
+
+
+def record_launches(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Every launch from now on: its graph, and of an outer step its branches and positions."""
+    launched: list[tuple[str, int, int]] = []
+    real = pipeline.backend.launch
+
+    def launch(graph: str, inputs: Any, outputs: Any, rows: Any = None) -> None:
+        launched.append((graph, *outputs["z"].shape[:2]) if graph == "outer_step" else (graph, 0, 0))
+        real(graph, inputs, outputs, rows)
+
+    monkeypatch.setattr(pipeline.backend, "launch", launch)
+    return launched
 
 
 def test_steps_outside_the_interval_launch_one_branch(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline.load(digits_bundle, threads=1)
-    launched: list[tuple[str, int]] = []
-    real = pipeline.backend.launch
-
-    def launch(graph: str, inputs: Any, outputs: Any, rows: Any = None) -> None:
-        launched.append((graph, len(outputs["z"]) if graph == "outer_step" else 0))
-        real(graph, inputs, outputs, rows)
-
-    monkeypatch.setattr(pipeline.backend, "launch", launch)
+    launched = record_launches(pipeline, monkeypatch)
     sampling = pipeline.resolve([0], guidance_interval=(0.3, 0.8))
     pipeline.generate([0], guidance_interval=(0.3, 0.8))
     plan = sampling.batch().plan
     guided = [step.guided for step in plan]
     assert [0.3 <= 1 - step.masked / 16 < 0.8 for step in plan] == guided and 0 < sum(guided) < len(plan) - 1
-    assert [branches for graph, branches in launched if graph == "outer_step"][-len(plan) + 1 :] == [1 + g for g in guided[1:]]
-    drawn = [graph for graph, _ in launched if graph.startswith("inner_token")]
+    steps_taken = [branches for graph, branches, _ in launched if graph == "outer_step"]
+    assert steps_taken[-len(plan) + 1 :] == [1 + g for g in guided[1:]]
+    drawn = [graph for graph, *_ in launched if graph.startswith("inner_token")]
     assert drawn == ["inner_token_guided" if g else "inner_token" for g in guided]
+
+
+def test_steps_that_reuse_a_change_launch_one_branch_and_draw_guided(
+    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline.load(digits_bundle, threads=1)
+    launched = record_launches(pipeline, monkeypatch)
+    made = pipeline.generate([0], guidance_refresh=3)
+    plan = pipeline.resolve([0], guidance_refresh=3).batch().plan
+    steps_taken = [(branches, positions) for graph, branches, positions in launched if graph == "outer_step"]
+    wanted = [(1 if step.reuses else 2, step.masked - step.first) for step in plan[1:]]  # the first one's z is kept
+    assert steps_taken[-len(wanted) :] == wanted and [pair[0] for pair in wanted] == [1, 1, 2] * 3 + [1, 1]
+    assert {graph for graph, *_ in launched if graph.startswith("inner_token")} == {"inner_token_guided"}
+    assert made.images[0].info["guidance_refresh"] == 3
+
+
+def test_known_tokens_stay_where_a_change_is_reused(digits_bundle: Path) -> None:
+    pipeline = Pipeline.load(digits_bundle, threads=1)
+    tokens, mask = np.random.default_rng(0).standard_normal((1, 16, 16)).astype(np.float32), np.zeros((1, 16), bool)
+    mask[0, [1, 5, 9]] = True
+    known, noise = Known(tokens, mask), Noise.from_seed(3, [0], DIGITS)
+    made = pipeline.generate([4], noise=noise, known=known, guidance_refresh=4).tokens
+    wanted = sample(load_arinar("digits"), [4], guidance_scale=4.0, noise=noise, known=known, guidance_refresh=4)
+    assert np.array_equal(made[mask], tokens[mask]) and np.abs(made - wanted.numpy()).max() < 5e-3
+
+
+@pytest.mark.parametrize("refresh", [0, -1, 17, 1.5, "2", True, None])
+def test_a_refresh_that_is_none_is_refused(refresh: Any) -> None:
+    if refresh is None:
+        assert resolve([0], guidance_refresh=None).guidance_refresh == 1
+        return
+    with pytest.raises(ValueError, match="guidance_refresh is .* expected an integer from 1 .* to 16"):
+        resolve([0], guidance_refresh=refresh)
 
 
 def test_of_so_many_guided_steps_the_first_computes_both_branches_for_all() -> None:
@@ -225,7 +271,12 @@ def test_the_command_takes_both_and_files_say_so(digits_bundle: Path, tmp_path: 
     command = ["generate", str(digits_bundle), "--labels", "3", "-o", str(tmp_path), "--threads", "1"]
     wrong = CliRunner().invoke(main, [*command, "--guidance-interval", "half"])
     assert wrong.exit_code == 2 and "LOW:HIGH" in wrong.output
-    done = CliRunner().invoke(main, [*command, "--schedule", STAGED, "--guidance-interval", "0.2:1"])
+    done = CliRunner().invoke(main, [*command, "--schedule", STAGED, "--guidance-interval", "0.2:1", "--guidance-refresh", "2"])
     assert done.exit_code == 0, done.output
     said = Image.open(tmp_path / "000000-3.png").info["arinar"]
-    assert STAGED in said and '"guidance_interval": [0.2, 1.0]' in said and '"num_iter": 7' in said
+    assert (
+        STAGED in said
+        and '"guidance_interval": [0.2, 1.0]' in said
+        and '"num_iter": 7, ' in said
+        and '"guidance_refresh": 2' in said
+    )

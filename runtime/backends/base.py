@@ -111,6 +111,9 @@ class Backend(Protocol):
     def copy(self, source: Any, target: Any) -> None:
         """Copy one buffer to another of the same size."""
 
+    def add(self, left: Any, right: Any, target: Any, factor: float) -> None:
+        """left + factor * right into ``target``, all float32 and of one size."""
+
     def write_slots(self, rows: Any, target: Any, slot: int) -> None:
         """rows (N, H, count, d) -> target[:, :, slot : slot + count] of a cache (N, H, S, d)."""
 

@@ -98,6 +98,9 @@ class CpuBackend:
     def copy(self, source: Array, target: Array) -> None:
         target[...] = source
 
+    def add(self, left: Array, right: Array, target: Array, factor: float) -> None:
+        np.add(left, np.float32(factor) * right, out=target)
+
     def write_slots(self, rows: Array, target: Array, slot: int) -> None:
         target[:, :, slot : slot + rows.shape[2]] = rows
 

@@ -24,6 +24,7 @@ import numpy as np
 from arinar.schemes import TRACED
 
 from ..bundle import Bundle, BundleError, GraphInfo
+from ..kernels.add import AddKernel
 from ..kernels.compiler import KernelError
 from ..kernels.draw import DrawKernel, draw_kernel
 from ..kernels.inner import TokenKernels, fits, token_kernels
@@ -97,6 +98,7 @@ class CudaBackend:
         self._current: tuple[Owned, Recording] | None = None
         self._captured_launches = 0
         self._loose: dict[Any, Binding] = {}  # of launches outside a recorded sequence
+        self._add: AddKernel | None = None
         self._pools: dict[tuple[str, int], DeviceBuffer] = {}
         weakref.finalize(self, _destroy_all, self.cuda, self._owned)
 
@@ -157,6 +159,18 @@ class CudaBackend:
             raise ValueError(f"copy of {source.nbytes} bytes to a buffer of {target.nbytes}")
         self._activate()
         self.cuda.copy(source.pointer, target.pointer, source.nbytes)
+
+    def add(self, left: DeviceBuffer, right: DeviceBuffer, target: DeviceBuffer, factor: float) -> None:
+        """Raises BundleError where our kernels cannot be had: no graph does it."""
+        self._activate()
+        if self._add is None:
+            try:
+                if self.cuda.driver is None:
+                    raise KernelError("cuda-python's driver API is not installed")
+                self._add = AddKernel(self.cuda, kernel_folder(self._bundle))
+            except (KernelError, CudaError) as error:
+                raise BundleError(f"guidance_refresh above 1 needs a kernel that cannot be had here: {error}") from error
+        self._add(left, right, target, factor)
 
     def write_slots(self, rows: DeviceBuffer, target: DeviceBuffer, slot: int) -> None:
         """rows (N, H, count, d) -> target[:, :, slot : slot + count]: one strided copy, on the device."""

@@ -17,6 +17,8 @@ HEADERS = ("device.cuh", "draw.cuh")
 LAW = "CELLS_PER_GAUSSIAN REACH TABLE_NODES NODES EVEN_RANGE SOFT_MIN LOG_TW_MIN LOG_TW_MAX LOGIT_MAX MAX_LEAN TINY SMALL"
 #: Threads of a row's block: with the published four Gaussians, one for each cell.
 DRAW_THREADS = 256
+#: Threads of a block that adds.
+ADD_THREADS = 256
 #: How many warps of a block of eight divide a column of each product of the inner model: at the published size that makes 72
 #: or 96 blocks for every 8 rows. More would occupy more of a large GPU, and read the rows more often than the weights.
 SPLITS = {"qkv": 1, "project": 4, "expand": 1, "contract": 4}
@@ -50,6 +52,11 @@ class Source:
         """Of everything that the compiler reads."""
         parts = [self.file, self.text, *(f"{name}\n{text}" for name, text in self.headers.items())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def add_source() -> Source:
+    """Sums of two buffers."""
+    return Source("add.cu", constants({"ADD_THREADS": ADD_THREADS}))
 
 
 def draw_source(num_gaussians: int, num_candidates: int) -> Source:
