@@ -1,5 +1,5 @@
-"""Plans that a user may choose: staged orders, guidance in an interval, its change reused. What they generate when, that the reference does the
-same, that an image depends on nothing beside it, and that the default has not changed."""
+"""Plans that a user may choose: staged orders, guidance in an interval, its change reused. What they generate when, that the
+reference does the same, that an image depends on nothing beside it, and that the default has not changed."""
 
 from __future__ import annotations
 
