@@ -2,8 +2,8 @@
 
     python -m benchmarks.letters letters/            # some hours on two cores; goes on where it was interrupted
 
-What lies in the folder already is not made again: the pictures (`benchmarks.letters_data`), letters-vae.safetensors, judge.pt
-(`benchmarks.letters_judge`), letters.safetensors. Then samples are judged, and both are written to letters/float16/.
+What lies in the folder already is not made again: the pictures (`benchmarks.letters_data`), letters-vae.safetensors,
+letters.safetensors, judge.pt (`benchmarks.letters_judge`). Then samples are judged, and both are written to letters/float16/.
 """
 
 from __future__ import annotations
@@ -103,12 +103,10 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     folder, pictures = arguments.folder, data(arguments.folder)
     vae, weights, judge = (folder / name for name in ("letters-vae.safetensors", "letters.safetensors", "judge.pt"))
-    if not autoencoder(pictures, vae):
+    if not (autoencoder(pictures, vae) and model(pictures, vae, weights)):
         raise SystemExit("interrupted: the same command goes on from here")
     if not judge.exists():
         torch.save(letters_judge.train(pictures).state_dict(), judge)
-    if not model(pictures, vae, weights):
-        raise SystemExit("interrupted: the same command goes on from here")
     found = judged(folder)
     print(found)
     half = folder / "float16"
