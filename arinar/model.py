@@ -180,9 +180,10 @@ def random_model(preset: str, seed: int = 0) -> Arinar:
 
 def random_vae(preset: str, seed: int = 0) -> AutoencoderKL:
     """The autoencoder that belongs to a model's preset, with random weights, in eval mode."""
+    own = preset.partition("-")[0]  # digits-causal has the digits'
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return AutoencoderKL(VAE_PRESETS["digits" if preset.startswith("digits") else "kl16"]).eval()
+        return AutoencoderKL(VAE_PRESETS[own if own in VAE_PRESETS else "kl16"]).eval()
 
 
 def random_models(preset: str, seed: int = 0) -> tuple[Arinar, AutoencoderKL]:

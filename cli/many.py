@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import SAMPLING, Integers, Labels, Numbers, Options, print_json, quiet, say, then
+from .common import PLAN, SAMPLING, Integers, Labels, Numbers, Options, print_json, quiet, say, then
 from .group import main
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def open_workers(workers: int, address: str | None, gpus: float | None, threads:
 @WORKERS
 @MODEL
 @SAMPLING
+@PLAN
 def sample(
     bundle: Path,
     num_images: int,

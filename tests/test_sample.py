@@ -108,6 +108,19 @@ def test_the_record_tells_what_decides_the_images(made: Made) -> None:
     assert {"arinar", "numpy", "onnxruntime"} <= set(record.versions) and len(record.made_on) == 1
 
 
+def test_a_plan_of_the_users_is_sampled_and_recorded(digits_bundle: Path, tmp_path: Path) -> None:
+    plan = {"schedule": "staged:4x3,4x2,8x2", "guidance_interval": (0.1, 1.0), "guidance_refresh": 2}
+    words = ("--schedule", plan["schedule"], "--guidance-interval", "0.1:1", "--guidance-refresh", 2)
+    for made in (10, 0):  # the same command again finds the run done
+        done = arinar("sample", digits_bundle, "-n", 10, "-o", tmp_path / "run", "--batch-size", 4, *words, "--json")
+        assert done.exit_code == 0 and json.loads(done.stdout)["made"] == made, done.output
+    run = Record.read(tmp_path / "run").run
+    assert run.settings.items() >= {**plan, "guidance_interval": [0.1, 1.0], "num_iter": 7}.items()
+    want = Pipeline.load(digits_bundle, threads=1).generate(range(10), batch_size=4, **plan)
+    with np.load(npz_path(tmp_path / "run", run)) as found:
+        assert np.array_equal(found["arr_0"], np.stack([np.asarray(image) for image in want.images]))
+
+
 @pytest.mark.parametrize(("count", "labels"), [(50, 10), (1000, 10), (17, 4), (4, 4), (50_000, 1000)])
 def test_labels_have_equal_shares_in_order(digits_bundle: Path, count: int, labels: int) -> None:
     run = Run.of(Bundle.open(digits_bundle), count, labels=[index % 10 for index in range(labels)])
