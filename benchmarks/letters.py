@@ -66,7 +66,7 @@ def model(pictures: Dataset, vae: Path, out: Path) -> bool:
             config="letters",
             data=pictures,
             vae=vae,
-            steps=4500,
+            steps=4000,
             batch_size=32,
             learning_rate=1.5e-3,
             warmup=200,

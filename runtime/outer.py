@@ -11,19 +11,13 @@ import numpy as np
 from arinar.config import ArinarConfig
 from arinar.schedule import Step
 
-from .backends.base import Array, Backend, Rows
+from .backends.base import Backend, Rows
 from .bundle import BundleError, GraphInfo
 from .cache import KVCache
+from .first_step import MIXED, FirstStep
 from .labels import MOST_CLASSES
 from .request import Batch
 from .state import State
-
-#: Inputs for further classes of an image, and what kept results are named by.
-MIXED = ("mixed_labels", "mixed_weights")
-Key = tuple[int, tuple[int, ...], tuple[float, ...]]
-# Labels whose z of the first step is kept: (L, C) float32 each, 0.8 MB at the published size. All of ImageNet's beside a
-# GPU, where each would be a pass for one image alone.
-KEPT_LABELS, KEPT_BESIDE_A_GPU = 32, 1024
 
 
 class Outer(Protocol):
@@ -52,15 +46,9 @@ class Change:
 
 
 class MaskedOuter:
-    """Every step recomputes z from all visible tokens.
+    """Every step recomputes z from all visible tokens; with ``keep_first_step`` not the first, where none is known: what is
+    kept of it (`first_step`) is uploaded with the rest of a micro-batch."""
 
-    Where no token is known, none is visible at the first step: z depends on the label and the position alone. With
-    ``keep_first_step`` it is computed once per label, for all positions, and uploaded with the rest of a micro-batch: by
-    the step itself on the CPU; by a graph of its own on a GPU, whose libraries see no tensors without elements then. (A
-    bundle without that graph has every first step computed.)
-    """
-
-    FIRST = "outer_first"
     GRAPHS = ("outer_step",)
     INPUTS = ("visible_tokens", "visible_positions", "target_positions", "hidden_positions", "labels")
     # Axes of images, and of guidance branches.
@@ -69,16 +57,14 @@ class MaskedOuter:
 
     def __init__(self, backend: Backend, graphs: Mapping[str, GraphInfo], config: ArinarConfig, keep_first_step: bool) -> None:
         self.backend, self.config = backend, config
-        self.has_first = self.FIRST in graphs and not backend.synchronous
-        self.keep_first_step = keep_first_step and (self.has_first or backend.synchronous)
-        self.most_kept = KEPT_BESIDE_A_GPU if self.has_first else KEPT_LABELS
         self.mixes = takes_mixed(graphs["outer_step"])
-        self.first: dict[Key, Array] = {}  # classes -> z (L, C), the most recently used last
+        self.first = FirstStep(backend, graphs, config, self.IMAGES, self.mixes)
+        self.keep_first_step = keep_first_step and self.first.available
 
     def prepare(self, batch: int, branches: int) -> None:
         self.backend.prepare("outer_step", rows=batch * branches)
-        if self.has_first and self.keep_first_step:
-            self.backend.prepare(self.FIRST)
+        if self.keep_first_step:
+            self.first.prepare()
 
     def allocate(self, state: State) -> Any:
         return None
@@ -92,12 +78,8 @@ class MaskedOuter:
                 change=self.backend.empty((length, images, width), "float32"),
             )
         if self._kept(step := batch.plan[0]):
-            targets = batch.noise.order.T[step.first :]  # (P, B)
-            used = state.of(step)
-            keys = keys_of(batch, used.branches)
-            known = self._first_z(list(dict.fromkeys(key for row in keys for key in row)))
-            z = np.stack([np.stack([known[key][targets[:, image]] for image, key in enumerate(row)], 1) for row in keys])
-            self.backend.write(self._z(used, step), z)
+            used, targets = state.of(step), batch.noise.order.T[step.first :]
+            self.backend.write(self._z(used, step), self.first.z(batch, used.branches, targets))
 
     def step(self, state: State, step: Step) -> Any:
         if state.guided and step.reuses:
@@ -154,51 +136,6 @@ class MaskedOuter:
         count = step.ahead + step.count
         rows = state.branches * count * state.batch
         return state.outer.z[:rows].reshape(state.branches, count, state.batch, self.config.z_width)
-
-    def _first_z(self, keys: list[Key]) -> dict[Key, Array]:
-        """z (L, C) of the first step by class, or classes; each is computed as if it were alone."""
-        missing = [key for key in keys if key not in self.first]
-        known = {key: self.first.pop(key) for key in keys if key not in missing}
-        if missing:
-            known |= self._first_by_graph(missing) if self.has_first else self._first_by_step(missing)
-        self.first |= known  # at the end: most recently used
-        for key in list(self.first)[: max(0, len(self.first) - self.most_kept)]:
-            del self.first[key]
-        return known
-
-    def _first_by_graph(self, keys: list[Key]) -> dict[Key, Array]:
-        """One launch each, always of the same shape."""
-        z, made = self.backend.empty((self.config.seq_len, self.config.z_width), "float32"), {}
-        for key in keys:
-            self.backend.launch(self.FIRST, self._classes([key], ()), {"z": z})
-            made[key] = self.backend.download(z).copy()
-        return made
-
-    def _first_by_step(self, keys: list[Key]) -> dict[Key, Array]:
-        """As rows of a step in which nothing is visible."""
-        length, count, upload = self.config.seq_len, len(keys), self.backend.upload
-        nothing = upload(np.empty((0, count), np.int64))
-        z = self.backend.empty((1, length, count, self.config.z_width), "float32")
-        inputs = {
-            "visible_tokens": upload(np.empty((0, count, self.config.token_dim), np.float32)),
-            "visible_positions": nothing,
-            "target_positions": upload(np.repeat(np.arange(length)[:, None], count, 1)),
-            "hidden_positions": nothing,
-            **self._classes(keys, (1,)),
-        }
-        self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, apart=True))
-        made = self.backend.download(z)[0]
-        return {key: np.ascontiguousarray(made[:, place]) for place, key in enumerate(keys)}
-
-    def _classes(self, keys: list[Key], branches: tuple[int, ...]) -> dict[str, Any]:
-        """Labels (..., keys), and further ones (places, ..., keys) where the graphs take them, with the given axes between."""
-        shape, upload = (*branches, len(keys)), self.backend.upload
-        inputs = {"labels": upload(np.array([key[0] for key in keys], np.int64).reshape(shape))}
-        if self.mixes:
-            places = MOST_CLASSES - 1, *shape
-            inputs["mixed_labels"] = upload(np.array([key[1] for key in keys], np.int64).T.reshape(places))
-            inputs["mixed_weights"] = upload(np.array([key[2] for key in keys], np.float32).T.reshape(places))
-        return inputs
 
 
 @dataclass
@@ -283,17 +220,6 @@ OUTERS: dict[str, type[MaskedOuter] | type[CausalOuter]] = {"masked": MaskedOute
 def _branches(z: Any) -> tuple[Any, Any]:
     """z (2, P, B, C) as (P, B, C) of each branch."""
     return z[:1].reshape(*z.shape[1:]), z[1:].reshape(*z.shape[1:])
-
-
-def keys_of(batch: Batch, branches: int) -> list[list[Key]]:
-    """What the images of each branch are of, [branch][image]: the class, further ones, their weights."""
-    labels, others, weights = batch.classes.branches(branches)
-    others = np.where(weights != 0, others, 0)  # what has no weight tells no classes apart
-    pairs = np.moveaxis(others, 0, -1).tolist(), np.moveaxis(weights, 0, -1).tolist()
-    return [
-        [(label, tuple(several), tuple(shares)) for label, several, shares in zip(*rows, strict=True)]
-        for rows in zip(labels.tolist(), *pairs, strict=True)
-    ]
 
 
 def takes_mixed(graph: GraphInfo) -> bool:

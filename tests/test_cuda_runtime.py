@@ -87,7 +87,7 @@ def cpu(path: Path, **options: Any) -> Pipeline:
     backend: Any = pipeline.backend
     backend._graphs = {name: replace(info, cpu_file=None) for name, info in backend._graphs.items()}
     backend._parts = lambda info, rows: 1
-    pipeline.loop.outer.has_first = True  # type: ignore[union-attr]
+    pipeline.loop.outer.first.has_graph = True  # type: ignore[union-attr]
     return pipeline
 
 

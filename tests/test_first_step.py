@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime")
 from fake_gpu import FakeCudaRuntime, fake_onnxruntime, fake_tensorrt
 from tiny_bundles import TINY, tiny_with_engines
 
-import arinar.runtime.outer as outer_module
+import arinar.runtime.first_step as first_step
 from arinar.export.folder import write_manifest
 from arinar.runtime import Bundle, Pipeline
 from arinar.runtime.backends.cuda import Cuda
@@ -61,8 +61,8 @@ def launches_of(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[tup
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_it_is_the_step_in_which_nothing_is_visible(folder: Path, precision: str) -> None:
     outer = Pipeline.load(folder, precision=precision, backend="onnxruntime-cpu", verify=False).loop.outer
-    assert isinstance(outer, MaskedOuter) and not outer.has_first  # on a CPU the step itself computes it
-    by_step, by_graph = outer._first_by_step(KEYS), outer._first_by_graph(KEYS)
+    assert isinstance(outer, MaskedOuter) and not outer.first.has_graph  # on a CPU the step itself computes it
+    by_step, by_graph = outer.first.by_step(KEYS), outer.first.by_graph(KEYS)
     for key in KEYS:
         assert by_graph[key].shape == (TINY.seq_len, TINY.z_width)
         assert np.abs(by_step[key] - by_graph[key]).max() < (1e-5 if precision == "fp32" else 2e-2)
@@ -105,14 +105,14 @@ def test_recordings_serve_other_labels(folder: Path, runtime: FakeCudaRuntime, b
 def test_as_many_classes_are_kept_as_there_is_room_for(
     folder: Path, runtime: FakeCudaRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outer_module, "KEPT_BESIDE_A_GPU", 2)
+    monkeypatch.setattr(first_step, "KEPT_BESIDE_A_GPU", 2)
     pipeline = gpu(folder, runtime, "tensorrt")
     seen = launches_of(pipeline, monkeypatch)
     for label in (0, 1, 0, 1, 2, 0):
         pipeline.generate([label], num_iter=2, guidance_scale=1.0)
     assert Counter(graph for graph, _ in seen)["outer_first"] == 4
     outer = pipeline.loop.outer
-    assert isinstance(outer, MaskedOuter) and len(outer.first) == 2
+    assert isinstance(outer, MaskedOuter) and len(outer.first.kept) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

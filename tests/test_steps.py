@@ -23,7 +23,8 @@ from arinar.export.trace import WeightStore, export_graph, validate_graph
 from arinar.model import Arinar, initialize
 from arinar.runtime import Pipeline
 from arinar.runtime.backends.cpu import LAUNCH_POSITIONS, CpuBackend, _ranges
-from arinar.runtime.outer import KEPT_LABELS, MaskedOuter
+from arinar.runtime.first_step import KEPT_LABELS
+from arinar.runtime.outer import MaskedOuter
 from arinar.vae import AutoencoderKL
 
 EXACT = 1e-12
@@ -194,11 +195,11 @@ def test_the_first_step_is_kept_per_label(digits_bundle: Path, monkeypatch: pyte
     monkeypatch.setattr(kept.backend, "launch", lambda graph, *others: (launched.append(graph), launch(graph, *others))[1])
     kept.generate([1, 3, 8, 8], num_iter=1, guidance_scale=2.0)
     assert launched[0] == "inner_token_guided"  # nothing of the first step is computed again
-    assert {label for label, *_ in first.first} == {-1, 1, 3, 8} and len(first.first) == 4
-    some = next(iter(first.first.values()))
-    first.first = {(label, (), ()): some for label in range(100, 100 + KEPT_LABELS)}
+    assert {label for label, *_ in first.first.kept} == {-1, 1, 3, 8} and len(first.first.kept) == 4
+    some = next(iter(first.first.kept.values()))
+    first.first.kept = {(label, (), ()): some for label in range(100, 100 + KEPT_LABELS)}
     kept.generate([5], num_iter=1, guidance_scale=2.0)
-    assert len(first.first) == KEPT_LABELS and {5, -1} <= {label for label, *_ in first.first}
+    assert len(first.first.kept) == KEPT_LABELS and {5, -1} <= {label for label, *_ in first.first.kept}
 
 
 def test_how_rows_are_divided(digits_bundle: Path) -> None:
