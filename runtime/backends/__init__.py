@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from typing import Any, TypedDict
 
@@ -66,14 +65,15 @@ def obstacle(bundle: Bundle, precision: str, name: str, device: int = 0) -> str 
     they work.
     """
     try:
-        if name not in SCHEMES[bundle.manifest.scheme(precision)].runs_on:
+        scheme = SCHEMES[bundle.manifest.scheme(precision)]
+        if name not in scheme.runs_on:
             return f"{name} has no kernels for {precision}"
         if name == "onnxruntime-cpu":
             return None if onnxruntime_distribution() else f"ONNX Runtime is not installed; {install_hint('cpu')} installs it"
-        if name == "openvino":
-            from .openvino import MISSING
+        if name == "openvino":  # whose head is ONNX Runtime's
+            from .openvino import missing
 
-            return None if importlib.util.find_spec("openvino") else MISSING
+            return missing(bfloat16=bool(scheme.runs)) or obstacle(bundle, scheme.runs or precision, "onnxruntime-cpu")
         from .cuda import device_info, load_runtime
 
         capability = device_info(load_runtime(), device).compute_capability
