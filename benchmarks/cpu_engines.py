@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu_engines [--model base|digits] [--bundle DIR]
 
-Writes ``benchmarks/results/cpu-engines-MODEL.json`` and ``.md``. Without ``--bundle`` one is made for the purpose, fp32 and int8:
-`base` with random weights (minutes, 3 GB of memory), `digits` as shipped.
+Writes ``benchmarks/results/cpu-engines-MODEL.json`` and ``.md``. Without ``--bundle`` one is made for the purpose, fp32 and
+int8: `base` with random weights (minutes, 3 GB of memory), `digits` as shipped.
 
 Timed are the two graphs that OpenVINO takes over, the outer network and the VAE, along an image that ONNX Runtime generated in
 float32. All engines are in one process and take every outer step, then the decoding, in turn, so that whatever else the machine
@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def measure(pipelines: dict[str, Pipeline], *, batch: int, num_iter: int, rounds
             found: dict[str, list[Array]] = {name: [] for name in contenders}
             for step in one.plan:
                 for name, contender in contenders.items():
-                    found[name].append(_timed(taken[name], "outer", lambda c=contender, s=step: c.z(s)))
+                    found[name].append(_timed(taken[name], "outer", partial(contender.z, step)))
             for name, contender in contenders.items():
                 made[name] = found[name], _timed(taken[name], "vae", contender.images)
                 if number >= 0:
@@ -162,18 +163,20 @@ def fresh(bundle: Bundle, row: dict[str, Any]) -> dict[str, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    where = result["machine"]
-    versions = ", ".join(f"{name} {version.partition('-')[0]}" for name, version in where["versions"].items() if name != "torch")
-    before, after = result["load_average"]
+    where, (before, after) = result["machine"], result["load_average"]
+    packages = ("onnxruntime", "openvino", "numpy", "python")
+    versions = [f"{name} {where['versions'][name].partition('-')[0]}" for name in packages if name in where["versions"]]
+    head = ["engine", "outer, s", "times as fast", "VAE, s", "times as fast", "z error", "grey levels: mean, largest"]
     lines = [
         f"# CPU engines: {result['model']}, {result['weights']}",
         "",
-        f"{where['cpu']}, {where['cores']} cores, {result['threads']} threads; {versions}; {where['date']}. Batch {result['batch']}, "
-        f"{result['num_iter']} outer steps, guidance {result['guidance_scale']:g}; medians of {result['rounds']} rounds, engines in "
-        f"turn; load average {before:.1f} before, {after:.1f} after (these engines keep {result['threads']} busy themselves).",
+        f"{where['cpu']}, {where['cores']} cores, {result['threads']} threads; {', '.join(versions)}; {where['date']}. Batch "
+        f"{result['batch']}, {result['num_iter']} outer steps, guidance {result['guidance_scale']:g}; medians of "
+        f"{result['rounds']} rounds, engines in turn. Load average {before:.1f} before, {after:.1f} after (of a quiet machine 0 "
+        f"and {result['threads']}).",
         "",
-        "| engine | outer, s | times as fast | VAE, s | times as fast | z error | grey levels: mean, largest | first image, s | peak, GB |",
-        f"|{' --- |' * 9}",
+        f"| {' | '.join([*head, 'first image, s', 'peak, GB'])} |",
+        f"|{' --- |' * (len(head) + 2)}",
     ]
     for row in result["engines"]:
         cells = [
@@ -188,7 +191,12 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['peak_gb']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "z error: root mean square, relative. First image and peak: a fresh process, two steps without guidance."]
+    lines += [
+        "",
+        "z error: root mean square, relative. Grey levels: of the VAE alone, from the same tokens. First image, peak memory: a",
+        "fresh process, two steps without guidance.",
+        "",
+    ]
     lines += [f"Left out, {name}: {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(lines) + "\n"
 

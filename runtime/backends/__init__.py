@@ -91,7 +91,8 @@ def obstacle(bundle: Bundle, precision: str, name: str, device: int = 0) -> str 
 
 
 def choose_backend(bundle: Bundle, precision: str, missing: list[str] | None = None, device: int = 0) -> str:
-    """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else the CPU.
+    """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else on the CPU (OpenVINO
+    is no faster in the same precision: docs/precision.md).
 
     device : index of the GPU that is asked. Never raises: what is missing or broken is passed over, and told to
     ``missing``, a reason each.

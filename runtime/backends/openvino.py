@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: for the two large graphs, the outer step and the VAE, what ONNX Runtime has no kernels for there:
 products in bfloat16, about twice as fast as float32 where the processor has them (AVX512-BF16, AMX).
 
-The head stays with ONNX Runtime (`GraphKind.bears_bfloat16`). OpenVINO's cache of compiled models is not used: docs/precision.md.
+The head stays with ONNX Runtime (`GraphKind.bears_bfloat16`). Nothing compiled is kept on the disk: docs/precision.md says why.
 """
 
 from __future__ import annotations
