@@ -172,8 +172,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{where['cpu']}, {where['cores']} cores, {result['threads']} threads; {', '.join(versions)}; {where['date']}. Batch "
         f"{result['batch']}, {result['num_iter']} outer steps, guidance {result['guidance_scale']:g}; medians of "
-        f"{result['rounds']} rounds, engines in turn. Load average {before:.1f} before, {after:.1f} after (of a quiet machine 0 "
-        f"and {result['threads']}).",
+        f"{result['rounds']} rounds, engines in turn. Load average {before:.1f} before, {after:.1f} after (of a quiet machine "
+        f"0 and {result['threads']}).",
         "",
         f"| {' | '.join([*head, 'first image, s', 'peak, GB'])} |",
         f"|{' --- |' * (len(head) + 2)}",
