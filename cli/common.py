@@ -204,7 +204,9 @@ RUNTIME = Options(
         "--backend",
         help="Execution backend, e.g. onnxruntime-cpu or tensorrt-rtx (a wrong name lists all). [default: the best]",
     ),
-    click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
+    click.option(
+        "--precision", help="Variant of the bundle; bf16: its fp32 graphs on OpenVINO. [default: fp32, or the only one]"
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all physical cores]"),
     click.option(
         "--low-memory",

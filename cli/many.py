@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 MODEL = Options(
     click.option("--backend", help="Execution backend, the same on all workers. [default: the best]"),
-    click.option("--precision", help="Variant of the bundle. [default: fp32, or the only one]"),
+    click.option(
+        "--precision", help="Variant of the bundle; bf16: its fp32 graphs on OpenVINO. [default: fp32, or the only one]"
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each worker. [default: 1]"),
     click.option("--batch-size", type=click.IntRange(min=1), help="Images of a micro-batch. [default: by the model]"),
     click.option(

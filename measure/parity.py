@@ -40,6 +40,7 @@ from arinar.runtime.machine import machine
 from arinar.runtime.pipeline import Pipeline
 from arinar.runtime.request import Batch, Sampling
 from arinar.sampler import StepRecord, sample
+from arinar.schemes import SCHEMES
 from arinar.vae import AutoencoderKL
 
 from .checks import CONTROL_FACTOR, EDIT, KL_FACTOR, LEVELS, PARTED, THRESHOLDS, Check, ParityReport, Thresholds, least, most
@@ -61,6 +62,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx",
     "torch-fidelity",
@@ -299,7 +301,8 @@ def _per_graph(
         feed = {t.name: feed[t.name][:1] if t.shape == (1,) else feed[t.name] for t in graph.inputs}
         expected = [_drawn_tokens(model, feed, manifest.law)] if spec.draws == "chain" else run_module(spec, feed)
         limits = thresholds
-        if graph == shared.get(spec.name):  # what a variant shares with fp32 has its limits, unless told otherwise
+        computed_otherwise = SCHEMES[report.scheme].runs and graph.bears_bfloat16
+        if graph == shared.get(spec.name) and not computed_otherwise:  # it has fp32's limits, unless told otherwise
             limits = replace(THRESHOLDS["fp32"], **{key: now for key, (_, now) in report.changed_limits.items()})
         if (check := _graph_check(report, pipeline, graph, feed, expected, limits)) is not None:
             report.checks.append(check)
@@ -316,7 +319,8 @@ def _graph_check(
     """What the graph gives, against what it should; None where it cannot run and generation does not need it."""
     limit, note = {"none": limits.graph, "one": limits.sampled_graph, "chain": limits.token}[graph.draws], ""
     if expected[0].dtype == np.uint8:
-        limit, note = max(limit, 1.001 / 255), "1 grey level of 255 may differ"
+        limit = max(limit, 1.001 / 255)
+        note = f"grey levels may differ by {int(min(1.0, limit) * 255)} of 255"
     elif graph.draws == "chain":
         note = f"of the best {TOKEN_SHARE:.0%} of the drawn features"
     try:

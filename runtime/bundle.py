@@ -89,6 +89,12 @@ class GraphKind:
         level (docs/gpu.md)."""
         return self.phase == "decode" and self.convolutional
 
+    @property
+    def bears_bfloat16(self) -> bool:
+        """Whether products with factors of 8 bits of mantissa do: the outer network's and the autoencoder's. Not a head's: its
+        draws come one after another, and what each is wrong by goes into all that follow."""
+        return self.phase != "head" and not self.small
+
 
 @dataclass(frozen=True)
 class GraphInfo(GraphKind):

@@ -17,7 +17,7 @@ import numpy as np
 from .bundle import BundleError
 
 # Packages that results depend on where they were imported.
-IMPORTED = ("onnxruntime", "tensorrt", "torch")
+IMPORTED = ("onnxruntime", "openvino", "tensorrt", "torch")
 
 
 def machine(packages: Sequence[str] | None = None) -> dict[str, Any]:

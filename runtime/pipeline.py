@@ -122,8 +122,9 @@ class Pipeline:
         Parameters
         ----------
         path : the bundle's folder.
-        backend : "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
-        precision : which of the bundle's variants; None means fp32, or the only one.
+        backend : "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", or None for the best available.
+        precision : which of the bundle's variants; None means fp32, or the only one. "bf16": the fp32 graphs with products in
+            bfloat16, which backend openvino computes on CPUs that have it.
         inner : of a Gaussian mixture head, "fused" (one graph for all features of a token) or "stepwise" (a graph per
             feature, KV cache outside; on a GPU, draws by a kernel of ours); None: fused on a CPU, and on a GPU where the
             kernel cannot be had. A diffusion head is always "stepwise".

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 #: Files in one folder at most.
 MOST_FILES = 1_000_000
 #: Packages whose versions a record tells.
-PACKAGES = ("arinar", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "ray")
+PACKAGES = ("arinar", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "ray")
 
 
 class Workers(Protocol):

@@ -376,3 +376,35 @@ def test_what_machine_this_is() -> None:
     assert here["cpu"] and 1 <= here["cores"] <= here["cpus"] and {"python", "numpy"} <= here["versions"].keys()
     assert set(machine(("numpy", "no-such-package"))["versions"]) == {"python", "numpy"}
     assert json.loads(json.dumps(here)) == here
+
+
+# ------------------------------------------------------------------------------------------ benchmarks.cpu_engines
+
+
+def test_cpu_engines_compares_what_the_bundle_and_the_machine_have(digits_bundle: Path, tmp_path: Path) -> None:
+    engines = pytest.importorskip("benchmarks.cpu_engines")
+    few = ["--model", "digits", "--bundle", str(digits_bundle), "--num-iter", "2", "--rounds", "1", "--threads", "1"]
+    done = CliRunner().invoke(engines.main, [*few, "--out", str(tmp_path / "results")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "results" / "cpu-engines-digits.json").read_text())
+    rows = {row["engine"]: row for row in found["engines"]}
+    assert found["left_out"].pop("ONNX Runtime, int8") == "the bundle has no int8 graphs"
+    assert rows.keys() | found["left_out"].keys() == set(engines.ENGINES) - {"ONNX Runtime, int8"}
+    exact = rows[engines.EXACT]
+    assert exact["outer_ratio"] == exact["vae_ratio"] == 1 and exact["z_error"] == exact["grey_largest"] == 0
+    assert all(row["outer_s"] > 0 and row["vae_s"] > 0 and row["peak_gb"] > 0.01 for row in rows.values())
+    if "OpenVINO, bf16" in rows:
+        assert 0 < rows["OpenVINO, fp32"]["z_error"] < 1e-5 < rows["OpenVINO, bf16"]["z_error"] < 0.02
+    table = (tmp_path / "results" / "cpu-engines-digits.md").read_text()
+    assert table in done.output and "Left out, ONNX Runtime, int8: the bundle has no int8 graphs." in table
+
+
+def test_cpu_engines_ratios_are_of_the_same_round() -> None:
+    engines = pytest.importorskip("benchmarks.cpu_engines")
+    exact = [{"outer": 4.0, "vae": 2.0}, {"outer": 40.0, "vae": 20.0}, {"outer": 4.0, "vae": 3.0}]
+    ours = [{"outer": 2.0, "vae": 2.0}, {"outer": 10.0, "vae": 5.0}, {"outer": 1.0, "vae": 1.0}]
+    z, grey = np.array([3.0, 4.0], np.float32), np.array([10, 200], np.uint8)
+    row = engines.as_row("OpenVINO, bf16", ours, exact, ([z[:1], z[1:] + 5], grey + np.uint8(3)), ([z[:1], z[1:]], grey))
+    assert row["outer_ratio"] == 4 and row["vae_ratio"] == 3 and row["outer_s"] == row["vae_s"] == 2
+    assert row["z_error"] == pytest.approx(1) and row["grey_mean"] == row["grey_largest"] == 3
+    assert (row["backend"], row["precision"]) == ("openvino", "bf16")

@@ -66,9 +66,44 @@ def test_the_head_stays_with_onnx_runtime(digits_bundle: Path) -> None:
     pipeline = Pipeline.load(digits_bundle, backend="openvino", threads=1)
     pipeline.generate([1], num_iter=2)
     engine: Any = pipeline.backend
-    kinds = {name: type(loaded).__module__.split(".")[0] for (name, _), loaded in engine._loaded.items()}
-    assert kinds["outer_step"] == kinds["vae_decoder"] == "openvino"
-    assert kinds["inner_token_guided"] == kinds["tokens_to_latents"] == "onnxruntime"
+    compiled = {name for (name, _), loaded in engine._loaded.items() if isinstance(loaded, backend.Compiled)}
+    assert compiled == {"outer_step", "vae_decoder"}
+    others = {type(loaded).__module__.split(".")[0] for (name, _), loaded in engine._loaded.items() if name not in compiled}
+    assert others == {"onnxruntime"} and ("inner_token_guided", 1) in engine._loaded
+
+
+@needed
+def test_the_folder_stays_as_it_is(digits_bundle: Path) -> None:
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in digits_bundle.rglob("*")}
+
+    before = files()
+    Pipeline.load(digits_bundle, backend="openvino", threads=1).generate([1], num_iter=2)
+    assert files() == before
+
+
+@needed
+def test_parity_holds_each_graph_to_what_it_is_computed_in(digits_bundle: Path) -> None:
+    if not bfloat16():
+        pytest.skip("this processor has no bfloat16 products")
+    torch = pytest.importorskip("torch")
+    from arinar.checkpoint import load_arinar, load_vae
+    from arinar.measure.checks import THRESHOLDS
+    from arinar.measure.parity import run_parity
+    from arinar.measure.parity_report import render
+
+    model, vae = load_arinar("digits"), load_vae("digits")
+    pipeline = Pipeline.load(digits_bundle, precision="bf16", threads=1)
+    report = run_parity(pipeline, model, vae, labels=[3], num_iter=2)
+    assert report.passed, report.table()
+    limits = {check.name: check.limit for check in report.checks if check.level == "graph"}
+    assert limits["outer_step"] == limits["vae_decoder"] == limits["vae_encoder"] == THRESHOLDS["bf16"].graph
+    assert limits["inner_step"] == limits["inner_condition"] == THRESHOLDS["fp32"].graph
+    assert limits["inner_token_guided"] == THRESHOLDS["fp32"].token
+    assert report.backend == "openvino" and "bf16 on openvino" in render(report)
+    with torch.no_grad():  # another model
+        model.decoder_norm.weight *= 1.05
+    assert not run_parity(pipeline, model, vae, labels=[3], num_iter=2).passed
 
 
 @needed
@@ -83,7 +118,7 @@ def test_eight_bits_are_refused_with_the_remedy(digits_bundle: Path, monkeypatch
 
 @needed
 @pytest.mark.parametrize("fault", ["none", "wrong"])
-def test_products_are_tried_first(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_products_are_tried_first(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     openvino = backend.load_openvino()
     real = openvino.Core
 
@@ -100,8 +135,25 @@ def test_products_are_tried_first(monkeypatch: pytest.MonkeyPatch, fault: str) -
     try:
         with pytest.raises(BundleError, match="has no bfloat16" if fault == "none" else "30% off on this processor"):
             backend.check_bfloat16()
+        # What is listed is what the processor says that it has; whether that is right is tried when it is loaded.
+        available = Pipeline.available(digits_bundle)
+        assert "openvino" in available["fp32"] and available.get("bf16") == (None if fault == "none" else ["openvino"])
     finally:
         backend.check_bfloat16.cache_clear()
+
+
+@needed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_failure_names_what_else_runs_the_graph(digits_bundle: Path, precision: str) -> None:
+    if precision == "bf16" and not bfloat16():
+        pytest.skip("this processor has no bfloat16 products")
+    engine: Any = Pipeline.load(digits_bundle, backend="openvino", precision=precision, threads=1).backend
+    remedy = {"fp32": "take backend onnxruntime-cpu", "bf16": "take precision fp32, or int8"}[precision]
+    with pytest.raises(RuntimeError, match=f"graph 'vae_decoder' did not run in OpenVINO: .*; {remedy}"):
+        engine.launch("vae_decoder", {"latents": np.zeros((1, 3), np.float32)}, {})
+    engine._core = None
+    with pytest.raises(BundleError, match=f"OpenVINO cannot load graph 'outer_step' .*; {remedy}"):
+        engine.prepare("outer_step")
 
 
 def test_where_it_is_missing_the_extra_is_named(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +161,8 @@ def test_where_it_is_missing_the_extra_is_named(digits_bundle: Path, monkeypatch
     for choice in ({"backend": "openvino"}, {"precision": "bf16"}):
         with pytest.raises(BundleError, match=r"OpenVINO is not installed; .*openvino"):
             Pipeline.load(digits_bundle, threads=1, **choice)
+    available = Pipeline.available(digits_bundle)
+    assert "openvino" not in available["fp32"] and "bf16" not in available
 
 
 def test_bf16_is_of_one_backend(digits_bundle: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from typing import Any, TypedDict
 
@@ -66,14 +65,15 @@ def obstacle(bundle: Bundle, precision: str, name: str, device: int = 0) -> str 
     they work.
     """
     try:
-        if name not in SCHEMES[bundle.manifest.scheme(precision)].runs_on:
+        scheme = SCHEMES[bundle.manifest.scheme(precision)]
+        if name not in scheme.runs_on:
             return f"{name} has no kernels for {precision}"
         if name == "onnxruntime-cpu":
             return None if onnxruntime_distribution() else f"ONNX Runtime is not installed; {install_hint('cpu')} installs it"
-        if name == "openvino":
-            from .openvino import MISSING
+        if name == "openvino":  # whose head is ONNX Runtime's
+            from .openvino import missing
 
-            return None if importlib.util.find_spec("openvino") else MISSING
+            return missing(bfloat16=bool(scheme.runs)) or obstacle(bundle, scheme.runs or precision, "onnxruntime-cpu")
         from .cuda import device_info, load_runtime
 
         capability = device_info(load_runtime(), device).compute_capability
@@ -91,7 +91,8 @@ def obstacle(bundle: Bundle, precision: str, name: str, device: int = 0) -> str 
 
 
 def choose_backend(bundle: Bundle, precision: str, missing: list[str] | None = None, device: int = 0) -> str:
-    """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else the CPU.
+    """The best backend that this machine and bundle offer: engines that fit, ONNX Runtime on a GPU, else on the CPU (OpenVINO
+    is no faster in the same precision: docs/precision.md).
 
     device : index of the GPU that is asked. Never raises: what is missing or broken is passed over, and told to
     ``missing``, a reason each.
