@@ -25,7 +25,7 @@ AUGMENT = Augment(rotation=3, shear=4, scale=0.06, shift=1.5)
 #: Of the held-out pictures, every so many choose the weights: all of them would cost more than the training.
 EVAL_STRIDE = 9
 #: Samples that are judged, as many of each letter, at the model's default settings; and how many at a time.
-JUDGED, JUDGE_BATCH = 1040, 104
+JUDGED, JUDGE_BATCH = 260, 52
 
 
 def data(folder: Path) -> Dataset:
