@@ -197,6 +197,12 @@ def launches(
     return found
 
 
+def multiply_adds(config: ArinarConfig, num_iter: int, *, local: int = 0, refresh: int = 1) -> float:
+    """Of a guided image's outer steps, in the cosine's counts."""
+    plan = steps(config.seq_len, num_iter, guidance_refresh=refresh)
+    return sum(one.multiply_adds(config) for one in launches(config, plan, local))
+
+
 #: Keys of :func:`arithmetic`'s shares.
 SHARES = ("rows", "multiply_adds", "multiply_adds_buffer_kept", "passes", "batch_1")
 
@@ -212,10 +218,10 @@ def arithmetic(config: ArinarConfig, schedule: str, num_iter: int) -> list[dict[
     machine = json.loads((RESULTS / "causal-base-fp32-batch1-cpu.json").read_text(encoding="utf-8"))
     pass_ms = statistics.median(machine["outer_ms_per_token"]) / outer_parameters(PRESETS["base-causal"])
     least, peak_per_ms = pass_ms * outer_parameters(config), machine["gemm_peak_gflops"] / 2 * 1e6
-    found = []
+    stages, found = stages_of(schedule, config.grid_size), []
     for local, warm_up in ((0, 0), (1, 0), (1, 16), (3, 0), (3, 16)):
         for refresh in (1, 2, 4):
-            plan = steps(config.seq_len, num_iter, stages=stages_of(schedule, config.grid_size), guidance_refresh=refresh)
+            plan = steps(config.seq_len, num_iter, stages=stages, guidance_refresh=refresh)
             made = launches(config, plan, local, warm_up)
             cost = [one.multiply_adds(config) for one in made]
             few = [one.multiply_adds(config) for one in launches(config, plan, local, warm_up, keep_buffer=True)]
@@ -226,4 +232,4 @@ def arithmetic(config: ArinarConfig, schedule: str, num_iter: int) -> list[dict[
     return [row | {key: row[key] / found[0][key] for key in SHARES} for row in found]
 
 
-__all__ = ["SHARES", "Kept", "Launch", "Past", "Rows", "arithmetic", "generate", "group_of", "launches"]
+__all__ = ["SHARES", "Kept", "Launch", "Past", "Rows", "arithmetic", "generate", "group_of", "launches", "multiply_adds"]

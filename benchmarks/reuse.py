@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from collections import deque
@@ -27,14 +28,14 @@ import torch
 from torch import Tensor
 
 from arinar.checkpoint import load_arinar
-from arinar.config import PRESETS
+from arinar.config import PRESETS, ArinarConfig
 from arinar.files import write_text
 from arinar.measure.checks import PARTED
 from arinar.model import Arinar
 from arinar.runtime import Noise, gmm
 from arinar.sampler import sample
 from arinar.schedule import Step, guidance_at, steps
-from benchmarks.local_steps import SHARES, Kept, Past, Rows, arithmetic, generate, group_of
+from benchmarks.local_steps import SHARES, Kept, Past, Rows, arithmetic, generate, group_of, multiply_adds
 
 RESULTS = Path(__file__).parent / "results"
 AGES, LOCALS = range(1, 8), (1, 3, 7)
@@ -45,6 +46,9 @@ Array = npt.NDArray[np.float64]
 
 AFTER, BEFORE = "difference kept, after the norm", "difference kept, before the norm"
 UNCOND, BOTH, UNGUIDED = "z_u kept", "z_c and z_u kept", "unguided"
+LOCAL, LOCAL_AFTER = "local, {} after a refresh", "local, {} after a refresh, difference kept"
+WHAT = """Cells are `z_c / z_u / KS / 99 %`: the relative root mean square error of z in each branch; the distance between the laws
+of each feature drawn, exact and with reuse, its mean and 99th percentile."""
 
 
 # ---------------------------------------------------------------------------------------------------- forced trajectories
@@ -165,8 +169,8 @@ class Forced:
             found = self.rows.local(self.kept[number], step.masked)[:, -step.count :]
             z_c, z_u = self.rows.z(found, step.remaining).chunk(2)
             old_c, old_u = self.z(self.past[age - 1], step)
-            yield Candidate(f"local, {number} after a refresh", age, z_c, z_u)
-            yield Candidate(f"local, {number} after a refresh, difference kept", age, z_c, z_c + old_u - old_c)
+            yield Candidate(LOCAL.format(number), age, z_c, z_u)
+            yield Candidate(LOCAL_AFTER.format(number), age, z_c, z_c + old_u - old_c)
 
 
 def forced(model: Arinar, images: int, num_iter: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -218,72 +222,93 @@ def free_running(model: Arinar, images: int, num_iter: int, seed: int = 1) -> di
 # ---------------------------------------------------------------------------------------------------------------- report
 
 
-def measure(options: argparse.Namespace, say: Any = print) -> dict[str, Any]:
-    model, config = load_arinar(options.model), load_arinar(options.model).config
+def plans(config: ArinarConfig, errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every 2 or 4 steps one whole, the others by reuse: the mean distance over all steps, where the whole ones' is 0, and
+    the share of the exact plan's multiply-adds. With both z kept such steps are one: so many fewer steps."""
+    distances = {(row["num_iter"], row["what"], row["age"]): row["all"]["ks_mean"] for row in errors}
+    found = []
+    for num_iter, every in itertools.product(dict.fromkeys(row["num_iter"] for row in errors), (2, 4)):
+        whole = multiply_adds(config, num_iter)
+        ways = {
+            AFTER: multiply_adds(config, num_iter, refresh=every),
+            LOCAL.format(every - 1): multiply_adds(config, num_iter, local=every - 1),
+            LOCAL_AFTER.format(every - 1): multiply_adds(config, num_iter, local=every - 1, refresh=every),
+            BOTH: multiply_adds(config, num_iter // every),
+        }
+        for what, cost in ways.items():
+            mean = sum(distances.get((num_iter, what, age), 0.0) for age in range(1, every)) / every
+            found.append({"num_iter": num_iter, "every": every, "what": what, "ks_mean": mean, "share": cost / whole})
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    model = load_arinar(options.model)
+    config, errors, began = model.config, [], time.perf_counter()
     if config.outer != "masked" or config.head != "gmm":
         raise SystemExit(f"{options.model} is a {config.outer} model with a {config.head} head; expected masked, gmm")
-    errors, began = [], time.perf_counter()
     for number in sorted({min(number, config.seq_len) for number in options.num_iter}, reverse=True):
         errors += forced(model, options.images, number)
-        say(f"[{time.perf_counter() - began:5.0f} s] forced, {number} steps")
+        print(f"[{time.perf_counter() - began:5.0f} s] forced, {number} steps")
     own = free_running(model, options.own_images, config.default_num_iter) if options.own_images else None
-    say(f"[{time.perf_counter() - began:5.0f} s] images of their own")
-    base, plans = PRESETS["base"], [("this model", config, "cosine", config.default_num_iter)]
-    plans += [("ARINAR-B", base, "cosine", 64), ("ARINAR-B", base, "staged:64x24,64x6,128x2", 64)]
+    print(f"[{time.perf_counter() - began:5.0f} s] images of their own")
+    base, asked = PRESETS["base"], [("this model", config, "cosine", config.default_num_iter)]
+    asked += [("ARINAR-B", base, "cosine", 64), ("ARINAR-B", base, "staged:64x24,64x6,128x2", 64)]
     return {
         "model": Path(options.model).stem,
         "images": options.images,
         "guidance_scale": config.default_guidance_scale,
         "errors": errors,
+        "plans": plans(config, errors),
         "own": own,
-        "arithmetic": [{"model": name, "schedule": how, "rows": arithmetic(it, how, n)} for name, it, how, n in plans],
+        "arithmetic": [{"model": name, "schedule": how, "rows": arithmetic(it, how, n)} for name, it, how, n in asked],
     }
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = [
-        f"# Reuse between outer steps: {result['model']}",
-        "",
-        f"{result['images']} images, guidance {result['guidance_scale']:g}, exact tokens forced. z: relative error, root mean "
-        f"square. KS: distance between the laws of each feature drawn, exact and with reuse; mean and 99th percentile. In "
-        f"brackets from step {WARM_UP} on.",
-    ]
-    for number in sorted({row["num_iter"] for row in result["errors"]}, reverse=True):
-        lines += ["", f"## {number} steps", "", "| reused | age, steps | z_c | z_u | KS | KS, 99 % |", "|" + " --- |" * 6]
+    images = f"{result['images']} images, guidance {result['guidance_scale']:g}, exact tokens forced, float64."
+    parts = [f"# Reuse between outer steps: {result['model']}", images, WHAT]
+    for number in dict.fromkeys(row["num_iter"] for row in result["errors"]):
         rows = [row for row in result["errors"] if row["num_iter"] == number]
-        order = list(dict.fromkeys(row["what"] for row in rows))
-        for row in sorted(rows, key=lambda row: (order.index(row["what"]), row["age"])):
-            cells = [_cell(row, key) for key in ("z_c", "z_u", "ks_mean", "ks_99")]
-            lines.append(f"| {row['what']} | {row['age']} | {' | '.join(cells)} |")
+        parts += [f"## {number} steps", _by_age(rows, "all")]
+        parts += [f"From step {WARM_UP} on:", _by_age(rows, "late")] if number > WARM_UP else []
+    parts += ["## Of every 2 or 4 steps one whole", "Distances of whole steps are 0. Multiply-adds: the exact plan = 1."]
+    cells = [
+        [row["num_iter"], row["every"], row["what"], f"{row['ks_mean']:.2g}", f"{row['share']:.2f}"] for row in result["plans"]
+    ]
+    parts.append(_table(["steps", "one whole of", "the others", "KS, mean", "multiply-adds"], cells))
     if own := result["own"]:
-        lines += ["", f"## Images of their own: {own['images']}, {own['num_iter']} steps, the same noise", ""]
-        lines += ["Distance: mean difference of tokens, where between exact images of other noise it is 1.", ""]
-        lines += ["| | distance | tokens that differ |", "| --- | --- | --- |"]
-        lines += [f"| {row['what']} | {row['distance']:.3f} | {row['differ']:.1%} |" for row in own["rows"]]
-    lines += ["", "## Arithmetic of the outer network, the exact plan = 1", ""]
-    lines += ["`a / b / c`: guidance refreshed every step, every 2nd, every 4th. Batch 1: least time on two cores, in float32."]
+        parts += [f"## Images of their own: {own['images']}, {own['num_iter']} steps, the same noise"]
+        parts += ["Distance: mean difference of tokens, where between exact images of other noise it is 1."]
+        cells = [[row["what"], f"{row['distance']:.3f}", f"{row['differ']:.1%}"] for row in own["rows"]]
+        parts.append(_table(["", "distance", "tokens that differ"], cells))
+    parts += ["## Arithmetic of the outer network, the exact plan = 1"]
+    parts += ["`a / b / c`: guidance refreshed every step, every 2nd, every 4th. Batch 1: least time on two cores, in float32."]
+    names = ["rows", "multiply-adds", "the same, class buffer kept", "passes over the weights", "batch 1, class buffer kept"]
     for part in result["arithmetic"]:
-        lines += ["", f"{part['model']}, {part['schedule']}:", ""]
-        names = (
-            "rows",
-            "multiply-adds",
-            "the same, class buffer kept",
-            "passes over the weights",
-            "batch 1, class buffer kept",
-        )
-        lines += [f"| local steps after a refresh | exact at first | {' | '.join(names)} |", "|" + " --- |" * 7]
         groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for row in part["rows"]:
             groups.setdefault((row["local"], row["warm_up"]), []).append(row)
-        for (local, warm_up), rows in groups.items():
-            cells = [" / ".join(f"{row[key]:.2f}" for row in rows) for key in SHARES]
-            lines.append(f"| {local} | {warm_up} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [[*key, *(" / ".join(f"{row[name]:.2f}" for row in rows) for name in SHARES)] for key, rows in groups.items()]
+        parts += [
+            f"{part['model']}, {part['schedule']}:",
+            _table(["local steps after a refresh", "exact at first", *names], cells),
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
-    late = f" ({row['late'][key]:.2g})" if row["late"] else ""
-    return f"{row['all'][key]:.2g}{late}"
+def _by_age(rows: list[dict[str, Any]], which: str) -> str:
+    found: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if row[which]:
+            cell = " / ".join(f"{row[which][key]:.2g}" for key in ("z_c", "z_u", "ks_mean", "ks_99"))
+            found.setdefault(row["what"], {})[row["age"] or 1] = cell
+    cells = [[what, *(ages.get(age, "") for age in AGES)] for what, ages in found.items()]
+    return _table(["reused", *(f"{age} step{'s' * (age > 1)} old" for age in AGES)], cells)
+
+
+def _table(head: list[str], cells: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def main() -> None:

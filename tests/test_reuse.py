@@ -138,5 +138,7 @@ def test_the_benchmark_measures_and_tells(tmp_path: Path, monkeypatch: pytest.Mo
     left = [step.masked for step in steps(LENGTH, 6)]
     assert [errors[reuse.AFTER, age]["laws"] for age in range(1, 6)] == [2 * 16 * count for count in left[1:]]
     assert errors[reuse.AFTER, 1]["z_c"] == 0 < errors[reuse.AFTER, 1]["z_u"] < errors[reuse.UNGUIDED, 0]["z_u"]
+    shares = [row["share"] for row in found["plans"] if row["every"] == 2]
+    assert 0.7 < shares[0] < 0.8 and shares[2] < shares[1] < 1 and 0.45 < shares[3] < 0.55
     page = (tmp_path / "reuse-digits.md").read_text()
     assert "## 6 steps" in page and reuse.BEFORE in page and "staged:64x24,64x6,128x2" in page
