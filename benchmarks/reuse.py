@@ -47,8 +47,9 @@ Array = npt.NDArray[np.float64]
 AFTER, BEFORE = "difference kept, after the norm", "difference kept, before the norm"
 UNCOND, BOTH, UNGUIDED = "z_u kept", "z_c and z_u kept", "unguided"
 LOCAL, LOCAL_AFTER = "local, {} after a refresh", "local, {} after a refresh, difference kept"
-WHAT = """Cells are `z_c / z_u / KS / 99 %`: the relative root mean square error of z in each branch; the distance between the laws
-of each feature drawn, exact and with reuse, its mean and 99th percentile."""
+LOCAL_KEPT = "local, {} after a refresh, class buffer kept"
+WHAT = """Cells are `z_c / z_u / KS / 99 %`: the relative root mean square error of z in each branch; the distance between the
+laws of each feature drawn, exact and with reuse, its mean and 99th percentile."""
 
 
 # ---------------------------------------------------------------------------------------------------- forced trajectories
@@ -118,7 +119,7 @@ class Forced:
         branches = torch.cat([labels, torch.full_like(labels, -1)])
         self.rows = Rows(model, tokens.repeat(2, 1, 1), order.repeat(2, 1), branches)  # type: ignore[arg-type]
         self.past: deque[Tensor] = deque(maxlen=max(AGES))  # h of the steps before, the last first
-        self.kept: dict[int, Kept] = {}  # by the number of local steps
+        self.kept: dict[int, list[Kept]] = {}  # by the number of local steps: the class buffer computed anew, or kept too
         self.found: dict[tuple[str, int], Found] = {}
 
     @torch.no_grad()
@@ -163,13 +164,15 @@ class Forced:
         for number in LOCALS:
             refresh, last = group_of(step.index, number, 0, len(self.plan))
             if refresh == step.index:
-                self.kept[number] = self.rows.keep(past, step.masked, self.plan[last].remaining)
+                first = self.plan[last].remaining
+                self.kept[number] = [self.rows.keep(past, step.masked, first, buffer=buffer) for buffer in (False, True)]
                 continue
             age = step.index - refresh
-            found = self.rows.local(self.kept[number], step.masked)[:, -step.count :]
-            z_c, z_u = self.rows.z(found, step.remaining).chunk(2)
+            anew, with_buffer = (self.rows.local(kept, step.masked)[:, -step.count :] for kept in self.kept[number])
+            z_c, z_u = self.rows.z(anew, step.remaining).chunk(2)
             old_c, old_u = self.z(self.past[age - 1], step)
             yield Candidate(LOCAL.format(number), age, z_c, z_u)
+            yield Candidate(LOCAL_KEPT.format(number), age, *self.rows.z(with_buffer, step.remaining).chunk(2))
             yield Candidate(LOCAL_AFTER.format(number), age, z_c, z_c + old_u - old_c)
 
 
