@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import time
 from collections import deque
@@ -35,21 +34,26 @@ from arinar.model import Arinar
 from arinar.runtime import Noise, gmm
 from arinar.sampler import sample
 from arinar.schedule import Step, guidance_at, steps
-from benchmarks.local_steps import SHARES, Kept, Past, Rows, arithmetic, generate, group_of, multiply_adds
+from benchmarks.local_steps import Kept, Past, Rows, arithmetic, generate, group_of, multiply_adds
+from benchmarks.reuse_report import (
+    AFTER,
+    AGES,
+    BEFORE,
+    BOTH,
+    LOCAL,
+    LOCAL_AFTER,
+    LOCAL_KEPT,
+    UNCOND,
+    UNGUIDED,
+    WARM_UP,
+    cadences,
+    markdown,
+)
 
 RESULTS = Path(__file__).parent / "results"
-AGES, LOCALS = range(1, 8), (1, 3, 7)
-#: Errors are told of all steps, and of those from here on: before, few tokens are known and much changes.
-WARM_UP = 16
+LOCALS = (1, 3, 7)
 LEVELS = np.linspace(0, 1, 1001)[:-1] + 5e-4
 Array = npt.NDArray[np.float64]
-
-AFTER, BEFORE = "difference kept, after the norm", "difference kept, before the norm"
-UNCOND, BOTH, UNGUIDED = "z_u kept", "z_c and z_u kept", "unguided"
-LOCAL, LOCAL_AFTER = "local, {} after a refresh", "local, {} after a refresh, difference kept"
-LOCAL_KEPT = "local, {} after a refresh, class buffer kept"
-WHAT = """Cells are `z_c / z_u / KS / 99 %`: the relative root mean square error of z in each branch; the distance between the
-laws of each feature drawn, exact and with reuse, its mean and 99th percentile."""
 
 
 # ---------------------------------------------------------------------------------------------------- forced trajectories
@@ -176,18 +180,37 @@ class Forced:
             yield Candidate(LOCAL_AFTER.format(number), age, z_c, z_c + old_u - old_c)
 
 
-def forced(model: Arinar, images: int, num_iter: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Errors by kind of reuse and age, along exact trajectories of ``images`` images in ``num_iter`` steps."""
+def forced(model: Arinar, images: int, num_iter: int, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Errors by kind of reuse and age, along exact trajectories of ``images`` images in ``num_iter`` steps; and, where these
+    are one token each, those of fewer steps."""
     config = model.config
     labels, noise = torch.arange(images) % config.num_classes, Noise.from_seed(seed, range(images), config)
     scale = config.default_guidance_scale
     tokens = sample(model, labels, guidance_scale=scale, num_iter=num_iter, noise=noise).double()
     plan = steps(config.seq_len, num_iter)
     walk = Forced(copy.deepcopy(model).double(), tokens, torch.as_tensor(noise.order), labels, plan, scale)
-    return [
+    found = walk.run()
+    rows = [
         {"num_iter": num_iter, "what": what, "age": age, "all": entry.row(), "late": entry.row(WARM_UP)}
-        for (what, age), entry in walk.run().items()
+        for (what, age), entry in found.items()
     ]
+    return rows, fewer_steps(config, found) if num_iter == config.seq_len else []
+
+
+def fewer_steps(config: ArinarConfig, found: dict[tuple[str, int], Found]) -> list[dict[str, Any]]:
+    """The mean distance, over all tokens, of plans of fewer steps: where a step generates several tokens, all but its first are
+    drawn by z as old as they come after it. ``found``: along a plan of one token a step."""
+    means = {
+        (age, step): float(found[BOTH, age].distances[step - age].mean()) for age in AGES for step in range(age, config.seq_len)
+    }
+    rows = []
+    for number in (config.seq_len * eighths // 8 for eighths in (6, 4, 3, 2)):
+        plan = steps(config.seq_len, number)
+        if max(step.count for step in plan) <= max(AGES) + 1:
+            late = [means[age, config.seq_len - step.masked + age] for step in plan for age in range(1, step.count)]
+            share = multiply_adds(config, number) / multiply_adds(config, config.seq_len)
+            rows.append({"num_iter": number, "ks_mean": sum(late) / config.seq_len, "share": share})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- images of their own
@@ -225,32 +248,16 @@ def free_running(model: Arinar, images: int, num_iter: int, seed: int = 1) -> di
 # ---------------------------------------------------------------------------------------------------------------- report
 
 
-def plans(config: ArinarConfig, errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every 2 or 4 steps one whole, the others by reuse: the mean distance over all steps, where the whole ones' is 0, and
-    the share of the exact plan's multiply-adds. With both z kept such steps are one: so many fewer steps."""
-    distances = {(row["num_iter"], row["what"], row["age"]): row["all"]["ks_mean"] for row in errors}
-    found = []
-    for num_iter, every in itertools.product(dict.fromkeys(row["num_iter"] for row in errors), (2, 4)):
-        whole = multiply_adds(config, num_iter)
-        ways = {
-            AFTER: multiply_adds(config, num_iter, refresh=every),
-            LOCAL.format(every - 1): multiply_adds(config, num_iter, local=every - 1),
-            LOCAL_AFTER.format(every - 1): multiply_adds(config, num_iter, local=every - 1, refresh=every),
-            BOTH: multiply_adds(config, num_iter // every),
-        }
-        for what, cost in ways.items():
-            mean = sum(distances.get((num_iter, what, age), 0.0) for age in range(1, every)) / every
-            found.append({"num_iter": num_iter, "every": every, "what": what, "ks_mean": mean, "share": cost / whole})
-    return found
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = load_arinar(options.model)
-    config, errors, began = model.config, [], time.perf_counter()
+    config, began = model.config, time.perf_counter()
+    errors: list[dict[str, Any]] = []
+    fewer: list[dict[str, Any]] = []
     if config.outer != "masked" or config.head != "gmm":
         raise SystemExit(f"{options.model} is a {config.outer} model with a {config.head} head; expected masked, gmm")
     for number in sorted({min(number, config.seq_len) for number in options.num_iter}, reverse=True):
-        errors += forced(model, options.images, number)
+        rows, few = forced(model, options.images, number)
+        errors, fewer = errors + rows, fewer + few
         print(f"[{time.perf_counter() - began:5.0f} s] forced, {number} steps")
     own = free_running(model, options.own_images, config.default_num_iter) if options.own_images else None
     print(f"[{time.perf_counter() - began:5.0f} s] images of their own")
@@ -261,57 +268,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "images": options.images,
         "guidance_scale": config.default_guidance_scale,
         "errors": errors,
-        "plans": plans(config, errors),
+        "cadences": cadences(config, errors),
+        "fewer_steps": fewer,
         "own": own,
         "arithmetic": [{"model": name, "schedule": how, "rows": arithmetic(it, how, n)} for name, it, how, n in asked],
     }
-
-
-def markdown(result: dict[str, Any]) -> str:
-    images = f"{result['images']} images, guidance {result['guidance_scale']:g}, exact tokens forced, float64."
-    parts = [f"# Reuse between outer steps: {result['model']}", images, WHAT]
-    for number in dict.fromkeys(row["num_iter"] for row in result["errors"]):
-        rows = [row for row in result["errors"] if row["num_iter"] == number]
-        parts += [f"## {number} steps", _by_age(rows, "all")]
-        parts += [f"From step {WARM_UP} on:", _by_age(rows, "late")] if number > WARM_UP else []
-    parts += ["## Of every 2 or 4 steps one whole", "Distances of whole steps are 0. Multiply-adds: the exact plan = 1."]
-    cells = [
-        [row["num_iter"], row["every"], row["what"], f"{row['ks_mean']:.2g}", f"{row['share']:.2f}"] for row in result["plans"]
-    ]
-    parts.append(_table(["steps", "one whole of", "the others", "KS, mean", "multiply-adds"], cells))
-    if own := result["own"]:
-        parts += [f"## Images of their own: {own['images']}, {own['num_iter']} steps, the same noise"]
-        parts += ["Distance: mean difference of tokens, where between exact images of other noise it is 1."]
-        cells = [[row["what"], f"{row['distance']:.3f}", f"{row['differ']:.1%}"] for row in own["rows"]]
-        parts.append(_table(["", "distance", "tokens that differ"], cells))
-    parts += ["## Arithmetic of the outer network, the exact plan = 1"]
-    parts += ["`a / b / c`: guidance refreshed every step, every 2nd, every 4th. Batch 1: least time on two cores, in float32."]
-    names = ["rows", "multiply-adds", "the same, class buffer kept", "passes over the weights", "batch 1, class buffer kept"]
-    for part in result["arithmetic"]:
-        groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for row in part["rows"]:
-            groups.setdefault((row["local"], row["warm_up"]), []).append(row)
-        cells = [[*key, *(" / ".join(f"{row[name]:.2f}" for row in rows) for name in SHARES)] for key, rows in groups.items()]
-        parts += [
-            f"{part['model']}, {part['schedule']}:",
-            _table(["local steps after a refresh", "exact at first", *names], cells),
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _by_age(rows: list[dict[str, Any]], which: str) -> str:
-    found: dict[str, dict[int, str]] = {}
-    for row in rows:
-        if row[which]:
-            cell = " / ".join(f"{row[which][key]:.2g}" for key in ("z_c", "z_u", "ks_mean", "ks_99"))
-            found.setdefault(row["what"], {})[row["age"] or 1] = cell
-    cells = [[what, *(ages.get(age, "") for age in AGES)] for what, ages in found.items()]
-    return _table(["reused", *(f"{age} step{'s' * (age > 1)} old" for age in AGES)], cells)
-
-
-def _table(head: list[str], cells: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def main() -> None:

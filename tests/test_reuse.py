@@ -129,16 +129,17 @@ def test_distances_between_laws() -> None:
 
 
 def test_the_benchmark_measures_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ["digits", "--images", "2", "--num-iter", "6", "--own-images", "1", "--out", str(tmp_path)]
+    few = ["digits", "--images", "2", "--num-iter", "16", "--own-images", "1", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["reuse", *few])
     reuse.main()
     found = json.loads((tmp_path / "reuse-digits.json").read_text())
     errors = {(row["what"], row["age"]): row["all"] for row in found["errors"]}
     # A difference can be so old from a step that far in: of 2 images, 16 features.
-    left = [step.masked for step in steps(LENGTH, 6)]
-    assert [errors[reuse.AFTER, age]["laws"] for age in range(1, 6)] == [2 * 16 * count for count in left[1:]]
+    assert [errors[reuse.AFTER, age]["laws"] for age in range(1, 8)] == [2 * 16 * (LENGTH - age) for age in range(1, 8)]
     assert errors[reuse.AFTER, 1]["z_c"] == 0 < errors[reuse.AFTER, 1]["z_u"] < errors[reuse.UNGUIDED, 0]["z_u"]
-    shares = [row["share"] for row in found["plans"] if row["every"] == 2]
+    shares = [row["share"] for row in found["cadences"] if row["every"] == 2]
     assert 0.7 < shares[0] < 0.8 and shares[2] < shares[1] < 1 and 0.45 < shares[3] < 0.55
+    assert [row["num_iter"] for row in found["fewer_steps"]] == [12, 8, 6, 4]
+    assert sorted(row["ks_mean"] for row in found["fewer_steps"]) == [row["ks_mean"] for row in found["fewer_steps"]]
     page = (tmp_path / "reuse-digits.md").read_text()
-    assert "## 6 steps" in page and reuse.BEFORE in page and "staged:64x24,64x6,128x2" in page
+    assert "## 16 steps" in page and reuse.BEFORE in page and "staged:64x24,64x6,128x2" in page
