@@ -197,10 +197,10 @@ def launches(
     return found
 
 
-def multiply_adds(config: ArinarConfig, num_iter: int, *, local: int = 0, refresh: int = 1) -> float:
+def multiply_adds(config: ArinarConfig, num_iter: int, *, local: int = 0, refresh: int = 1, keep_buffer: bool = False) -> float:
     """Of a guided image's outer steps, in the cosine's counts."""
     plan = steps(config.seq_len, num_iter, guidance_refresh=refresh)
-    return sum(one.multiply_adds(config) for one in launches(config, plan, local))
+    return sum(one.multiply_adds(config) for one in launches(config, plan, local, keep_buffer=keep_buffer))
 
 
 #: Keys of :func:`arithmetic`'s shares.

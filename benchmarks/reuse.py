@@ -34,7 +34,7 @@ from arinar.model import Arinar
 from arinar.runtime import Noise, gmm
 from arinar.sampler import sample
 from arinar.schedule import Step, guidance_at, steps
-from benchmarks.local_steps import Kept, Past, Rows, arithmetic, generate, group_of, multiply_adds
+from benchmarks.local_steps import Kept, Past, Rows, arithmetic, generate, group_of
 from benchmarks.reuse_report import (
     AFTER,
     AGES,
@@ -48,6 +48,7 @@ from benchmarks.reuse_report import (
     WARM_UP,
     cadences,
     markdown,
+    shares,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -208,8 +209,8 @@ def fewer_steps(config: ArinarConfig, found: dict[tuple[str, int], Found]) -> li
         plan = steps(config.seq_len, number)
         if max(step.count for step in plan) <= max(AGES) + 1:
             late = [means[age, config.seq_len - step.masked + age] for step in plan for age in range(1, step.count)]
-            share = multiply_adds(config, number) / multiply_adds(config, config.seq_len)
-            rows.append({"num_iter": number, "ks_mean": sum(late) / config.seq_len, "share": share})
+            row = {"num_iter": number, "ks_mean": sum(late) / config.seq_len}
+            rows.append(row | shares(config, config.seq_len, num_iter=number))
     return rows
 
 

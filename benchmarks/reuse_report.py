@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from arinar.config import ArinarConfig
+from arinar.config import PRESETS, ArinarConfig
 from benchmarks.local_steps import SHARES, multiply_adds
 
 #: Errors are told of all steps, and of those from here on: before, few tokens are known and much changes.
@@ -15,26 +15,37 @@ AFTER, BEFORE = "difference kept, after the norm", "difference kept, before the 
 UNCOND, BOTH, UNGUIDED = "z_u kept", "z_c and z_u kept", "unguided"
 LOCAL, LOCAL_AFTER = "local, {} after a refresh", "local, {} after a refresh, difference kept"
 LOCAL_KEPT = "local, {} after a refresh, class buffer kept"
+COLUMNS = {"ks_mean": "KS, mean", "share": "multiply-adds", "share_base": "ARINAR-B's"}
 WHAT = """Cells are `z_c / z_u / KS / 99 %`: the relative root mean square error of z in each branch; the distance between the
 laws of each feature drawn, exact and with reuse, its mean and 99th percentile."""
 
 
 def cadences(config: ArinarConfig, errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every 2 or 4 steps one whole, the others by reuse: the mean distance over all steps, where the whole ones' is 0, and
-    the share of the exact plan's multiply-adds. With both z kept such steps are one: so many fewer steps."""
+    the shares of the exact plan's multiply-adds. With both z kept such steps are one: so many fewer steps."""
     distances = {(row["num_iter"], row["what"], row["age"]): row["all"]["ks_mean"] for row in errors}
     found = []
     for num_iter, every in itertools.product(dict.fromkeys(row["num_iter"] for row in errors), (2, 4)):
-        whole = multiply_adds(config, num_iter)
-        ways = {
-            AFTER: multiply_adds(config, num_iter, refresh=every),
-            LOCAL.format(every - 1): multiply_adds(config, num_iter, local=every - 1),
-            LOCAL_AFTER.format(every - 1): multiply_adds(config, num_iter, local=every - 1, refresh=every),
-            BOTH: multiply_adds(config, num_iter // every),
+        after = every - 1
+        ways: dict[str, dict[str, Any]] = {
+            AFTER: {"refresh": every},
+            LOCAL.format(after): {"local": after},
+            LOCAL_KEPT.format(after): {"local": after, "keep_buffer": True},
+            LOCAL_AFTER.format(after): {"local": after, "refresh": every},
+            BOTH: {"num_iter": num_iter // every},
         }
-        for what, cost in ways.items():
+        for what, how in ways.items():
             mean = sum(distances.get((num_iter, what, age), 0.0) for age in range(1, every)) / every
-            found.append({"num_iter": num_iter, "every": every, "what": what, "ks_mean": mean, "share": cost / whole})
+            row = {"num_iter": num_iter, "every": every, "what": what, "ks_mean": mean}
+            found.append(row | shares(config, num_iter, **how))
+    return found
+
+
+def shares(config: ArinarConfig, whole: int, **how: Any) -> dict[str, float]:
+    """Multiply-adds by those of ``whole`` exact steps: of this model, and of ARINAR-B."""
+    found = {}
+    for name, one in (("share", config), ("share_base", PRESETS["base"])):
+        found[name] = multiply_adds(one, **({"num_iter": whole} | how)) / multiply_adds(one, whole)
     return found
 
 
@@ -47,14 +58,13 @@ def markdown(result: dict[str, Any]) -> str:
         parts += [f"From step {WARM_UP} on:", by_age(rows, "late")] if number > WARM_UP else []
     parts += ["## Of every 2 or 4 steps one whole", "Distances of whole steps are 0. Multiply-adds: the exact plan = 1."]
     cells = [
-        [row["num_iter"], row["every"], row["what"], f"{row['ks_mean']:.2g}", f"{row['share']:.2f}"]
-        for row in result["cadences"]
+        [row["num_iter"], row["every"], row["what"], *(f"{row[key]:.2g}" for key in COLUMNS)] for row in result["cadences"]
     ]
-    parts.append(_table(["steps", "one whole of", "the others", "KS, mean", "multiply-adds"], cells))
+    parts.append(_table(["steps", "one whole of", "the others", *COLUMNS.values()], cells))
     if few := result["fewer_steps"]:
         parts.append("Fewer steps from the first on, in the cosine's counts:")
-        cells = [[row["num_iter"], f"{row['ks_mean']:.2g}", f"{row['share']:.2f}"] for row in few]
-        parts.append(_table(["steps", "KS, mean", "multiply-adds"], cells))
+        cells = [[row["num_iter"], *(f"{row[key]:.2g}" for key in COLUMNS)] for row in few]
+        parts.append(_table(["steps", *COLUMNS.values()], cells))
     if own := result["own"]:
         parts += [f"## Images of their own: {own['images']}, {own['num_iter']} steps, the same noise"]
         parts += ["Distance: mean difference of tokens, where between exact images of other noise it is 1."]
