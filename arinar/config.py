@@ -348,7 +348,7 @@ _DIGITS = ArinarConfig(
     class_names=_DIGITS_NAMES,
 )
 
-# 8 x 8 tokens of coloured capitals: many enough for their order, and for what is reused between steps, to show.
+# 8 x 8 tokens of capitals in many tones: many enough for their order, and for what is reused between steps, to show.
 _LETTERS = _DIGITS.replace(
     img_size=64,
     num_classes=26,

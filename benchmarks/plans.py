@@ -35,6 +35,7 @@ from arinar.measure.evaluate import distance, frechet_replicates
 from arinar.measure.image_sets import ImageSet, Statistics, open_images
 from arinar.measure.moments import Gathered, Source, gather
 from arinar.runtime import Bundle, Pipeline
+from arinar.runtime.images import contact_sheet
 from arinar.runtime.machine import machine, usable_cores
 from arinar.runtime.run import Run
 from arinar.runtime.sampling import one_process, sample
@@ -45,7 +46,7 @@ BOOTSTRAP = 100
 BATCH = 52
 QUALITY, SECONDS, SHEET = "quality.json", "seconds.json", "sheet.png"
 #: Images of each plan side by side on the contact sheet.
-SHEET_IMAGES = 20
+SHEET_IMAGES = 12
 EXACT = "exact, 64 steps"
 
 
@@ -201,13 +202,13 @@ def _row(images: ImageSet, spaces: dict[str, Space], read: Callable[[Any], tuple
 
 
 def _sheet(sets: dict[str, ImageSet]) -> Image.Image:
-    """The first images of classes spread over all, a row a plan."""
-    rows = []
+    """Images of classes spread over all, a row a plan."""
+    shown: list[Image.Image] = []
     for images in sets.values():
         pixels = np.concatenate([part for piece in images.pieces for part in piece.parts()])
         chosen = np.linspace(0, len(pixels) - 1, SHEET_IMAGES).astype(int)
-        rows.append(np.concatenate(list(pixels[chosen]), 1))
-    return Image.fromarray(np.concatenate(rows, 0))
+        shown += [Image.fromarray(pixels[index]) for index in chosen]
+    return contact_sheet(shown, SHEET_IMAGES, rows=list(sets))
 
 
 # -------------------------------------------------------------------------------------------------------- seconds

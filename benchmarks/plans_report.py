@@ -14,6 +14,8 @@ from arinar.measure.charts import AXIS, COLORS, GREY, INK, RULE, label, line
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 62, 20, 16, 44
 EIGHT_BITS = "int8: "
+#: Of the plot's texts, in pixels: a letter's width, a line's height.
+LETTER, ROW = 6.3, 13
 
 
 class Row(NamedTuple):
@@ -97,8 +99,7 @@ def plot(rows: Sequence[Row], floor: float) -> str:
     shown = [(row.name, row.speed, row.score["reader"]["exact"] / floor) for row in rows if row.speed and row.score]
     points = [(name, fast, far) for name, fast, far in shown if far > 0]
     x_end = 2.0 ** math.ceil(math.log2(max(fast for _, fast, _ in points)) + 0.2)
-    low = 10.0 ** math.floor(math.log10(min(far for *_, far in points)))
-    high = 10.0 ** math.ceil(math.log10(max(far for *_, far in points)))
+    low, high = min(far for *_, far in points) / 2, 2.5 * max(1.0, *(far for *_, far in points))
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * math.log2(value / 0.9) / math.log2(x_end / 0.9)
@@ -108,15 +109,35 @@ def plot(rows: Sequence[Row], floor: float) -> str:
 
     body = _axes(x, y, x_end, low, high)
     best = frontier(points)
+    texts = placed([(name, x(fast), y(far)) for name, fast, far in points])
     for name, fast, far in points:
         color = COLORS[1] if name.startswith(EIGHT_BITS) else COLORS[0]
         ring = f" stroke='{INK}' stroke-width='1.5'" if name in best else ""
         body.append(f"<circle cx='{x(fast):.1f}' cy='{y(far):.1f}' r='4.5' fill='{color}'{ring}/>")
-        near_edge = x(fast) > WIDTH - 190
-        body.append(label(x(fast) + (-8 if near_edge else 8), y(far) + 4, name, "end" if near_edge else "start"))
+        left, base = texts[name]
+        if abs(base - y(far) - 4) > ROW / 2:
+            body.append(line(x(fast), y(far), left - 2 if left > x(fast) else left + LETTER * len(name) + 2, base - 4, AXIS))
+        body.append(label(left, base, name))
     canvas = f"viewBox='0 0 {WIDTH} {HEIGHT}' font-size='11' font-family='system-ui, sans-serif' fill='{INK}'"
     ground = f"<rect width='{WIDTH}' height='{HEIGHT}' fill='#fff'/>"
     return f"<svg xmlns='http://www.w3.org/2000/svg' {canvas}>{ground}{''.join(body)}</svg>\n"
+
+
+def placed(points: Sequence[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    """Where each point's text begins (left, base line), none on another or on a point: as near as there is room."""
+    taken = [(px - 6, py - 6, px + 6, py + 6) for _, px, py in points]
+    found = {}
+    for name, px, py in sorted(points, key=lambda point: point[1]):
+        wide = LETTER * len(name)
+        tries = [(side, sign * ROW * rows) for rows in range(20) for sign in (1, -1) for side in (px + 9, px - 9 - wide)]
+        for left, down in tries:
+            area = (left, py + down - ROW / 2, left + wide, py + down + ROW / 2)
+            inside = area[0] > LEFT and area[2] < WIDTH and area[1] > TOP and area[3] < HEIGHT - BOTTOM
+            if inside and not any(a < area[2] and area[0] < c and b < area[3] and area[1] < d for a, b, c, d in taken):
+                break
+        taken.append(area)
+        found[name] = (left, py + down + 4)
+    return found
 
 
 def frontier(points: Sequence[tuple[str, float, float]]) -> set[str]:
@@ -135,8 +156,10 @@ def _axes(x: Any, y: Any, x_end: float, low: float, high: float) -> list[str]:
             label(x(tick), HEIGHT - BOTTOM + 16, f"{tick:g}×", "middle"),
         ]
         tick *= 2
-    for power in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1):
-        value = 10.0**power
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for value in (factor * 10.0**power for power in powers for factor in (1, 2, 5)):
+        if not low <= value <= high:
+            continue
         body += [line(LEFT, y(value), WIDTH - RIGHT, y(value), RULE), label(LEFT - 6, y(value) + 4, f"{value:g}", "end")]
     if low < 1 < high:
         body.append(line(LEFT, y(1), WIDTH - RIGHT, y(1), GREY, dashes="6 4"))
