@@ -37,6 +37,7 @@ from arinar.runtime.backends.cuda import Cuda, CudaError, GpuMemoryError, NoGpuE
 from arinar.runtime.backends.engines import EngineError
 from arinar.runtime.bundle import GraphInfo, TensorInfo
 from arinar.runtime.loop import KEPT_STATES
+from arinar.runtime.outer import MaskedOuter
 
 KINDS = ("digits", "digits-causal")
 LABELS = [3, 1, 4]
@@ -87,7 +88,8 @@ def cpu(path: Path, **options: Any) -> Pipeline:
     backend: Any = pipeline.backend
     backend._graphs = {name: replace(info, cpu_file=None) for name, info in backend._graphs.items()}
     backend._parts = lambda info, rows: 1
-    pipeline.loop.outer.first.has_graph = True  # type: ignore[union-attr]
+    if isinstance(pipeline.loop.outer, MaskedOuter):
+        pipeline.loop.outer.first.has_graph = True
     return pipeline
 
 

@@ -52,7 +52,8 @@ def in_small(text: str) -> str:
     """The digits' classes, steps and pixels in place of a published model's."""
     text = re.sub(r"\b207\b", "2", re.sub(r"\b360\b", "3", text))
     text = re.sub(r"--box ([\d,]+)", lambda m: "--box " + ",".join(str(int(n) // 8) for n in m[1].split(",")), text)
-    return re.sub(r"num_iter=64\b", "num_iter=12", re.sub(r"--num-iter (64|256)\b", "--num-iter 12", text))
+    text = re.sub(r"staged:64x24,64x6,128x2\b", "staged:4x3,4x2,8x1", text)
+    return re.sub(r"num_iter=64\b", "num_iter=12", re.sub(r"--num-iter (24|32|64|256)\b", "--num-iter 12", text))
 
 
 def commands(page: Path) -> list[list[str]]:
