@@ -71,7 +71,7 @@ class MaskedOuter:
 
     def fill(self, state: State, batch: Batch) -> None:
         check_mixed(batch, self.mixes)
-        if state.outer is None and state.guided and any(step.reuses for step in batch.plan):
+        if state.outer is None and any(step.reuses for step in batch.plan):
             length, images, width = self.config.seq_len, state.batch, self.config.z_width
             state.outer = Change(
                 z=self.backend.empty((state.branches * length * images, width), "float32"),
@@ -82,12 +82,12 @@ class MaskedOuter:
             self.backend.write(self._z(used, step), self.first.z(batch, used.branches, targets))
 
     def step(self, state: State, step: Step) -> Any:
-        if state.guided and step.reuses:
+        if step.reuses:
             return self._changed(state, step)
         z = self._z(state, step)
         if not self._kept(step):
             self._launch(state, step, z)
-        return self._kept_change(state, step, z) if state.guided and step.ahead else z
+        return self._keep_change(state, step, z) if step.ahead else z
 
     def _launch(self, state: State, step: Step, z: Any) -> None:
         """z (G, P, B, C) of the tokens that are generated at this step, and before them those ``ahead``."""
@@ -102,7 +102,7 @@ class MaskedOuter:
             inputs |= {"mixed_labels": state.mixed_labels, "mixed_weights": state.mixed_weights}
         self.backend.launch("outer_step", inputs, {"z": z}, Rows(self.IMAGES, self.BRANCHES))
 
-    def _kept_change(self, state: State, step: Step, wide: Any) -> Any:
+    def _keep_change(self, state: State, step: Step, wide: Any) -> Any:
         """Of z (2, P, B, C) that looks ahead: the last rows of each branch are this step's; what guidance changes in the
         others is kept."""
         z = self._own(state, step)
@@ -131,7 +131,7 @@ class MaskedOuter:
 
     def _z(self, state: State, step: Step) -> Any:
         """Where a launch writes it: (G, ahead + P, B, C)."""
-        if not (state.guided and step.ahead):
+        if not step.ahead:
             return self._own(state, step)
         count = step.ahead + step.count
         rows = state.branches * count * state.batch

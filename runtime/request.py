@@ -255,10 +255,11 @@ class Sampling:
         stages = stages_of(self.schedule, self.config.grid_size)
         if stages:
             noise = replace(noise, order=staged(noise.order, self.config, len(stages)))
+        scales = self.guidance_scale[chosen]
         return Batch(
             self.classes[chosen],
             noise,
-            self.guidance_scale[chosen],
+            scales,
             self.temperature[chosen],
             self.cfg_schedule,
             steps(
@@ -267,7 +268,7 @@ class Sampling:
                 unknown,
                 stages=stages,
                 guidance_interval=self.guidance_interval,
-                guidance_refresh=self.guidance_refresh,
+                guidance_refresh=self.guidance_refresh if (scales != 1.0).any() else 1,
             ),
             self.config.sampling_steps,
             known,

@@ -221,6 +221,16 @@ def test_steps_that_reuse_a_change_launch_one_branch_and_draw_guided(
     assert made.images[0].info["guidance_refresh"] == 3
 
 
+@pytest.mark.parametrize(("label", "scale"), [(3, 1.0), (-1, 4.0)])
+def test_an_image_without_guidance_has_nothing_to_reuse(digits_bundle: Path, label: int, scale: float) -> None:
+    pipeline = Pipeline.load(digits_bundle, threads=1)
+    plain, reused = (pipeline.generate([label], guidance_scale=scale, guidance_refresh=m).tokens for m in (1, 3))
+    assert np.array_equal(plain, reused)
+    beside = pipeline.generate([label, 5], guidance_scale=[scale, 4.0], guidance_refresh=3, batch_size=2).tokens
+    alone = pipeline.generate([label], guidance_scale=scale, batch_size=2).tokens
+    assert np.array_equal(beside[0], alone[0])
+
+
 def test_known_tokens_stay_where_a_change_is_reused(digits_bundle: Path) -> None:
     pipeline = Pipeline.load(digits_bundle, threads=1)
     tokens, mask = np.random.default_rng(0).standard_normal((1, 16, 16)).astype(np.float32), np.zeros((1, 16), bool)
