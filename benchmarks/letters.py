@@ -72,7 +72,7 @@ def model(pictures: Dataset, vae: Path, out: Path, steps: int) -> bool:
             learning_rate=1.5e-3,
             warmup=200,
             dropout=0.0,
-            mask_ratio_min=0.1,  # 64 tokens: with the published 0.7, nothing is learnt of the second half of the steps
+            mask_ratio_min=0.1,  # 64 tokens are few: docs/demo-models.md
             mask_ratio_std=0.5,
             augment=AUGMENT,
             augmented_copies=1,

@@ -30,17 +30,18 @@ from PIL import Image
 
 from arinar.config import ArinarConfig
 from arinar.files import check_folder, write_text
-from arinar.measure.distances import frechet_distance
 from arinar.measure.evaluate import distance, frechet_replicates
 from arinar.measure.image_sets import ImageSet, Statistics, open_images
 from arinar.measure.moments import Gathered, Source, gather
 from arinar.runtime import Bundle, Pipeline
 from arinar.runtime.images import contact_sheet
 from arinar.runtime.machine import machine, usable_cores
-from arinar.runtime.run import Run
+from arinar.runtime.run import Run, fingerprint
 from arinar.runtime.sampling import one_process, sample
 from arinar.schedule import checkerboard
 
+#: Images (N, H, W, 3) uint8 -> their features, what is read.
+Reader = Callable[[Any], tuple[Any, Any]]
 BOOTSTRAP = 100
 #: Images of a micro-batch: two of each letter.
 BATCH = 52
@@ -104,12 +105,14 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Space:
-    """A feature space: its source, and what is compared in it."""
+    """A feature space: its source, what is compared in it, the distance of two seeds; ``exact_to_real``: the bootstrap's
+    distances of the exact images to real ones."""
 
     source: Source
     exact: Gathered
     real: Gathered
     floor: float
+    exact_to_real: list[float]
 
 
 @main.command()
@@ -139,10 +142,10 @@ def quality(bundle: Path, letters: Path, num_images: int, threads: int, out: Pat
     for plan in PLANS:
         if plan.precision in precisions:
             sets[plan.name] = made(plan)
-    spaces = _spaces(sets[EXACT], made(PLANS[0], 1), letters, config)
     read = _reader(letters)
+    spaces = _spaces(sets[EXACT], made(PLANS[0], 1), letters, config, read)
     result = {
-        "model": run_model(sets[EXACT]),
+        "model": fingerprint(opened, PLANS[0].precision),
         "images": num_images,
         "floor": {name: space.floor for name, space in spaces.items()},
         "real": {name: distance(space.exact, _moments(space.real)) for name, space in spaces.items()},
@@ -153,12 +156,7 @@ def quality(bundle: Path, letters: Path, num_images: int, threads: int, out: Pat
     click.echo(f"{out / QUALITY}, {out / SHEET}")
 
 
-def run_model(images: ImageSet) -> str:
-    assert images.record is not None
-    return str(images.record.run.model)
-
-
-def _reader(letters: Path) -> Callable[[Any], tuple[Any, Any]]:
+def _reader(letters: Path) -> Reader:
     """Images -> features of the reader of letters, what it reads."""
     from benchmarks import letters_judge
 
@@ -166,16 +164,15 @@ def _reader(letters: Path) -> Callable[[Any], tuple[Any, Any]]:
     return lambda images: letters_judge.read(reader, images)
 
 
-def _spaces(exact: ImageSet, other_seed: ImageSet, letters: Path, config: ArinarConfig) -> dict[str, Space]:
-    read = _reader(letters)
-
+def _spaces(exact: ImageSet, other_seed: ImageSet, letters: Path, config: ArinarConfig, read: Reader) -> dict[str, Space]:
     def reader(images: Any) -> Any:
         return read(images)[0]
 
     real, found = open_images(str(letters / "val")), {}
     for name, source in {"reader": Source(reader, config), "built-in": Source("builtin", config)}.items():
         ours, theirs, other = (gather(images, source, one_process) for images in (exact, real, other_seed))
-        found[name] = Space(source, ours, theirs, distance(other, _moments(ours)))
+        far = frechet_replicates(ours.features, _moments(theirs), None, BOOTSTRAP, paired=False)
+        found[name] = Space(source, ours, theirs, distance(other, _moments(ours)), far)
     return found
 
 
@@ -183,20 +180,24 @@ def _moments(gathered: Gathered) -> Statistics:
     return Statistics(gathered.moments.mean, gathered.moments.covariance)
 
 
-def _row(images: ImageSet, spaces: dict[str, Space], read: Callable[[Any], tuple[Any, Any]]) -> dict[str, Any]:
+def _pixels(images: ImageSet) -> Any:
+    """(N, H, W, 3) uint8."""
+    return np.concatenate([part for piece in images.pieces for part in piece.parts()])
+
+
+def _row(images: ImageSet, spaces: dict[str, Space], read: Reader) -> dict[str, Any]:
     """Agreement; in each space the distance to the exact images and how much further from real ones, with deviations."""
-    pixels = np.concatenate([part for piece in images.pieces for part in piece.parts()])
-    row: dict[str, Any] = {"agreement": float(np.mean(read(pixels)[1] == images.labels))}
+    row: dict[str, Any] = {"agreement": float(np.mean(read(_pixels(images))[1] == images.labels))}
     for name, space in spaces.items():
         ours = gather(images, space.source, one_process)
-        moments, exact, real = _moments(ours), _moments(space.exact), _moments(space.real)
+        exact, real = _moments(space.exact), _moments(space.real)
         near = frechet_replicates(ours.features, exact, space.exact.features, BOOTSTRAP, paired=True)
-        far = [frechet_replicates(one.features, real, None, BOOTSTRAP, paired=False) for one in (ours, space.exact)]
+        far = frechet_replicates(ours.features, real, None, BOOTSTRAP, paired=False)
         row[name] = {
-            "exact": frechet_distance(*moments, *exact),
+            "exact": distance(ours, exact),
             "exact_std": float(np.std(near, ddof=1)),
-            "further_from_real": frechet_distance(*moments, *real) - frechet_distance(*exact, *real),
-            "further_from_real_std": float(np.std(np.array(far[0]) - np.array(far[1]), ddof=1)),
+            "further_from_real": distance(ours, real) - distance(space.exact, real),
+            "further_from_real_std": float(np.std(np.subtract(np.array(far), np.array(space.exact_to_real)), ddof=1)),
         }
     return row
 
@@ -205,7 +206,7 @@ def _sheet(sets: dict[str, ImageSet]) -> Image.Image:
     """Images of classes spread over all, a row a plan."""
     shown: list[Image.Image] = []
     for images in sets.values():
-        pixels = np.concatenate([part for piece in images.pieces for part in piece.parts()])
+        pixels = _pixels(images)
         chosen = np.linspace(0, len(pixels) - 1, SHEET_IMAGES).astype(int)
         shown += [Image.fromarray(pixels[index]) for index in chosen]
     return contact_sheet(shown, SHEET_IMAGES, rows=list(sets))
