@@ -319,23 +319,25 @@ def check_schedule(value: Any, num_iter: Any, config: ArinarConfig, known: Known
 
 def check_interval(value: Any, config: ArinarConfig) -> tuple[float, float]:
     interval = check_guidance_interval(value)
-    if interval != ALWAYS and config.outer == "causal":
-        raise ValueError(
-            f"guidance_interval is {shown(value)}; a causal model's unconditional branch needs every token in its cache: leave "
-            f"it out"
-        )
+    if interval != ALWAYS:
+        _check_branches("guidance_interval", value, config)
     return interval
 
 
 def check_refresh(value: Any, config: ArinarConfig) -> int:
     if not is_whole(value) or not 1 <= value <= config.seq_len:
         raise ValueError(f"guidance_refresh is {shown(value)}; expected an integer from 1 (none is reused) to {config.seq_len}")
-    if value != 1 and config.outer == "causal":
-        raise ValueError(
-            f"guidance_refresh is {shown(value)}; a causal model's unconditional branch needs every token in its cache: leave "
-            f"it out"
-        )
+    if value != 1:
+        _check_branches("guidance_refresh", value, config)
     return int(value)
+
+
+def _check_branches(name: str, value: Any, config: ArinarConfig) -> None:
+    """Raise ValueError where no step may do without the unconditional branch."""
+    if config.outer == "causal":
+        raise ValueError(
+            f"{name} is {shown(value)}; a causal model's unconditional branch needs every token in its cache: leave it out"
+        )
 
 
 def staged(order: npt.NDArray[np.int64], config: ArinarConfig, sets: int) -> npt.NDArray[np.int64]:
